@@ -11,6 +11,7 @@ versions and fills its working copy in.
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 RULES = [
     (re.compile(r'registry = "[^"]*"'), 'registry = "index"'),
@@ -34,9 +35,8 @@ def check() -> str | None:
     ).stdout.decode()
     if "://" in committed:
         return "the committed uv.lock names a host: run `make setup`, then `git add uv.lock`"
-    with open("uv.lock", encoding="utf-8", newline="") as file:
-        if clean(file.read()) != committed:
-            return "uv.lock has changed: run `make setup` and commit it"
+    if clean(Path("uv.lock").read_bytes().decode()) != committed:
+        return "uv.lock has changed: run `make setup` and commit it"
     return None
 
 

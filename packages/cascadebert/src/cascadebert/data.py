@@ -1,0 +1,120 @@
+"""Labelled texts in, validated examples out."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from octavo.data import Row, iter_rows, load_rows
+from octavo.errors import DataError
+
+from cascadebert.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts, or pairs of texts, with or without labels.
+
+    Attributes:
+        texts: the text, or the first of a pair.
+        pairs: the second texts of a pair task, or None.
+        labels: label names, or None.
+    """
+
+    texts: list[str]
+    pairs: list[str] | None = None
+    labels: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def at(self, indices: Sequence[int]) -> "Examples":
+        """The examples of these indices, in their order."""
+        return Examples(
+            [self.texts[i] for i in indices],
+            None if self.pairs is None else [self.pairs[i] for i in indices],
+            None if self.labels is None else [self.labels[i] for i in indices],
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of the texts, which tells one split from another whatever its order."""
+        rows = zip(self.texts, self.pairs or [""] * len(self), strict=True)
+        total = hashlib.sha256()
+        for first, second in sorted(rows):
+            total.update(f"{first}\0{second}\1".encode())
+        return total.hexdigest()
+
+
+def load_examples(
+    source: str,
+    config: DataConfig = DataConfig(),
+    split: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Examples:
+    """Read labelled rows.
+
+    Args:
+        source: a file, a folder of splits or a hub id.
+        config: which columns hold what.
+        split: train, validation or test, for a folder or a hub id.
+        labels: the names that are allowed; any by default.
+
+    Raises:
+        DataError: the source, a column or a value is missing or wrong, or a label is unknown.
+    """
+
+    def check(row: Row) -> str | None:
+        label = str(row["label"]).strip()
+        if not label:
+            return "the label is empty"
+        if labels is not None and label not in labels:
+            return f"label {label!r} is not one of the model's: {', '.join(labels)}"
+        return None
+
+    columns, rename = _columns(config)
+    columns |= {"label": int | str | bool}
+    rename |= {"label": config.label_column}
+    rows = load_rows(source, columns, split, rename, check)
+    return _examples(rows, [str(row["label"]).strip() for row in rows])
+
+
+def stream_examples(
+    source: str, config: DataConfig, chunk: int, split: str | None = None
+) -> Iterator[Examples]:
+    """Read unlabelled rows in chunks, so that a file of any length fits into memory."""
+    columns, rename = _columns(config)
+    rows: list[Row] = []
+    for row in iter_rows(source, columns, split, rename):
+        rows.append(row)
+        if len(rows) == chunk:
+            yield _examples(rows)
+            rows = []
+    if rows:
+        yield _examples(rows)
+
+
+def label_names(examples: Examples, source: str) -> list[str]:
+    """The labels that occur, numbers in their order, names in the alphabet's.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    names = sorted(set(examples.labels or []))
+    if all(name.isdigit() for name in names):
+        names.sort(key=int)
+    if len(names) < 2:
+        raise DataError(f"{source}: classification needs two labels or more, it has {names}")
+    return names
+
+
+def _columns(config: DataConfig) -> tuple[dict, dict]:
+    columns: dict = {"text": str}
+    rename = {"text": config.text_column}
+    if config.pair_column:
+        columns["pair"] = str
+        rename["pair"] = config.pair_column
+    return columns, rename
+
+
+def _examples(rows: list[Row], labels: list[str] | None = None) -> Examples:
+    pairs = [row["pair"] for row in rows] if rows and "pair" in rows[0] else None
+    return Examples([row["text"] for row in rows], pairs, labels)

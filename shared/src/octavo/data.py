@@ -1,0 +1,349 @@
+"""Rows in: files, folders of splits and hub ids, read by one function that names what is wrong.
+
+Text files go through the standard library's readers, so that an error tells file, line and column;
+parquet, saved datasets and hub ids go through `datasets`.
+"""
+
+import csv
+import gzip
+import json
+import lzma
+import math
+import types
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Union, get_args, get_origin
+
+from octavo.errors import DataError
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".parquet")
+COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "heldout"),
+    "test": ("test",),
+}
+
+Row = dict[str, Any]
+Columns = Mapping[str, Any]
+Check = Callable[[Row], str | None]
+
+
+def load_rows(
+    source: str | Path,
+    columns: Columns,
+    split: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    check: Check | None = None,
+) -> list[Row]:
+    """All rows of a source; see `iter_rows` for the arguments.
+
+    Raises:
+        DataError: as `iter_rows`, and when there is no row.
+    """
+    rows = list(iter_rows(source, columns, split, rename, check))
+    if not rows:
+        raise DataError(f"{source}: holds no rows")
+    return rows
+
+
+def iter_rows(
+    source: str | Path,
+    columns: Columns,
+    split: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    check: Check | None = None,
+) -> Iterator[Row]:
+    """Stream the rows of a file, a folder of splits, a saved dataset or a hub id.
+
+    Args:
+        source: a file (csv, tsv, jsonl, json, txt, parquet; text also as .gz and .xz), a folder
+            with one file a split, a folder saved by `datasets`, or a dataset's hub id. A tsv is read
+            without quoting, as GLUE's are. A txt holds one text a line, as the column `text`.
+        columns: the wanted columns by name, each with its type: `str`, `int`, `float`, `bool` or a
+            union of these; `| None` makes it optional.
+        split: train, validation or test (or a name as the source has it), for a folder or a hub id.
+        rename: the source's name for a wanted column, where it differs: `{"text": "sentence"}`.
+        check: returns what is wrong with a row, or None; the error then names the row's place.
+
+    Yields:
+        One dict a row with exactly the wanted columns, None for an optional one that is missing.
+
+    Raises:
+        DataError: the source, a column or a value is missing or wrong.
+    """
+    named = {column: (rename or {}).get(column, column) for column in columns}
+    if unknown := set(rename or {}) - set(columns):
+        raise DataError(
+            f"no column {sorted(unknown)[0]!r} is read here; rename one of {', '.join(columns)}"
+        )
+    for where, raw in _places(str(source), split, named, columns):
+        row = {
+            column: _typed(raw.get(name), columns[column], where, name)
+            for column, name in named.items()
+        }
+        if check is not None and (problem := check(row)):
+            raise DataError(f"{where}: {problem}")
+        yield row
+
+
+def split_names(folder: Path) -> dict[str, Path]:
+    """The files of a folder of splits, by the split each holds."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if _format_of(file) in FORMATS:
+            stem = file.name.split(".")[0] if file.name.count(".") else file.name
+            found[stem.split("-")[0]] = file  # parquet shards: train-00000-of-00001.parquet
+    return found
+
+
+def _places(
+    source: str, split: str | None, named: Mapping[str, str], columns: Columns
+) -> Iterator[tuple[str, Row]]:
+    """Pairs of a row's place, in words, and the raw row."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            yield from _from_datasets(source, _load_saved(path, split), named, columns)
+        else:
+            yield from _from_file(_split_file(path, split), named, columns)
+    elif path.exists():
+        yield from _from_file(path, named, columns)
+    elif _format_of(path) or source.startswith((".", "/", "~")):
+        raise DataError(f"{source}: no such file or folder")
+    else:
+        yield from _from_datasets(source, _load_hub(source, split), named, columns)
+
+
+def _split_file(folder: Path, split: str | None) -> Path:
+    files = split_names(folder)
+    if not files:
+        raise DataError(f"{folder}: holds no data file ({', '.join(FORMATS)})")
+    if split is None:
+        if len(files) == 1:
+            return next(iter(files.values()))
+        raise DataError(f"{folder}: holds several files; name one of them: {', '.join(files)}")
+    for name in SPLIT_NAMES.get(split, (split,)):
+        if name in files:
+            return files[name]
+    raise DataError(f"{folder}: has no split {split!r}; it has {', '.join(files)}")
+
+
+def _format_of(path: Path) -> str:
+    """The suffix that tells the format, below one of compression; empty when it is unknown."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else ""
+
+
+def _from_file(path: Path, named: Mapping[str, str], columns: Columns) -> Iterator[tuple[str, Row]]:
+    kind = _format_of(path)
+    if not kind:
+        raise DataError(f"{path}: unknown format; use {', '.join(FORMATS)}, or .gz or .xz of these")
+    if kind == ".parquet":
+        from datasets import Dataset
+
+        with _read_errors(path):
+            table = Dataset.from_parquet(str(path), keep_in_memory=True)
+        yield from _from_datasets(str(path), table, named, columns)
+        return
+    readers = {".jsonl": _jsonl, ".json": _json, ".txt": _txt}
+    with _read_errors(path), _open(path) as file:
+        if kind in readers:
+            yield from readers[kind](path, file)
+        else:
+            yield from _separated(path, file, kind, named, columns)
+
+
+def _open(path: Path) -> IO[str]:
+    opener = COMPRESSIONS.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turn what can go wrong while reading into one line about the file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 at byte {error.start} ({error.object[error.start]:#04x}); "
+            "convert the file"
+        ) from None
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or cut off ({error}); fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        if type(error).__module__.startswith(("pyarrow", "datasets")):
+            raise DataError(f"{path}: not a parquet file ({error})") from None
+        raise
+
+
+def _separated(
+    path: Path, file: IO[str], kind: str, named: Mapping[str, str], columns: Columns
+) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(2**31 - 1)
+    if kind == ".tsv":
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(file, strict=True)
+    lines = _csv_lines(path, reader)
+    header = next(lines, None)
+    if header is None:
+        raise DataError(f"{path}: is empty; the first line must name the columns")
+    names = [name.strip() for name in header[1]]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}, line 1: the column {twice[0]!r} stands twice")
+    _need(named, columns, names, f"{path}, line 1")
+    for number, cells in lines:
+        if not cells:
+            continue
+        if len(cells) != len(names):
+            raise DataError(
+                f"{path}, line {number}: has {len(cells)} cells where the header has {len(names)}"
+            )
+        yield f"{path}, line {number}", dict(zip(names, cells, strict=True))
+
+
+def _csv_lines(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    first = 1
+    try:
+        for cells in reader:
+            yield first, cells
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {first}: {error}") from None
+
+
+def _jsonl(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}, column {error.colno}: {error.msg}") from None
+            yield where, _mapping(row, where)
+
+
+def _json(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
+    text = file.read()
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        raise DataError(f"{where}: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: must hold a list of objects; for one object a line use .jsonl")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, item {number}"
+        yield where, _mapping(row, where)
+
+
+def _txt(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(file, 1):
+        yield f"{path}, line {number}", {"text": line.rstrip("\r\n")}
+
+
+def _mapping(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be an object, not {type(row).__name__}")
+    return row
+
+
+def _load_saved(path: Path, split: str | None) -> Any:
+    from datasets import load_from_disk
+
+    with _read_errors(path):
+        data = load_from_disk(str(path))
+    return _one_split(str(path), data, split)
+
+
+def _load_hub(source: str, split: str | None) -> Any:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(source)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{source}: neither a file or folder here nor a dataset the hub gave ({first})"
+        ) from None
+    return _one_split(source, data, split)
+
+
+def _one_split(source: str, data: Any, split: str | None) -> Any:
+    if not isinstance(data, dict):
+        return data
+    if split is None and len(data) == 1:
+        return next(iter(data.values()))
+    for name in SPLIT_NAMES.get(split or "", (split,)):
+        if name in data:
+            return data[name]
+    wanted = f"has no split {split!r}; it has" if split else "holds several splits; name one of"
+    raise DataError(f"{source}: {wanted} {', '.join(map(str, data))}")
+
+
+def _from_datasets(
+    source: str, data: Any, named: Mapping[str, str], columns: Columns
+) -> Iterator[tuple[str, Row]]:
+    from datasets import ClassLabel
+
+    _need(named, columns, data.column_names, source)
+    classes = {
+        name: feature.names for name, feature in data.features.items()
+        if isinstance(feature, ClassLabel)
+    }  # fmt: skip
+    for number, row in enumerate(data, 1):
+        for name, names in classes.items():
+            if isinstance(value := row[name], int):
+                row[name] = names[value] if 0 <= value < len(names) else None
+        yield f"{source}, row {number}", row
+
+
+def _need(named: Mapping[str, str], columns: Columns, there: Iterable[str], where: str) -> None:
+    names = list(there)
+    for column, name in named.items():
+        if name not in names and not _is_optional(columns[column]):
+            raise DataError(f"{where}: no column {name!r}; it has {', '.join(names)}")
+
+
+def _is_optional(wanted: Any) -> bool:
+    return type(None) in get_args(wanted)
+
+
+def _kinds(wanted: Any) -> tuple[type, ...]:
+    if get_origin(wanted) in (types.UnionType, Union):
+        return tuple(kind for kind in get_args(wanted) if kind is not type(None))
+    return (wanted,)
+
+
+def _typed(value: Any, wanted: Any, where: str, name: str) -> Any:
+    """The value as one of the wanted types, or an error that names its place."""
+    kinds = _kinds(wanted)
+    if value is None:
+        if _is_optional(wanted):
+            return None
+        raise DataError(f"{where}: {name!r} is missing")
+    if isinstance(value, float) and math.isnan(value):
+        raise DataError(f"{where}: {name!r} is NaN")
+    if type(value) in kinds:
+        return value
+    if float in kinds and type(value) is int:
+        return float(value)
+    if isinstance(value, str):  # a cell of a text file
+        for kind in kinds:
+            try:
+                return kind(value) if kind is not bool else _TRUTH[value.strip().lower()]
+            except (ValueError, KeyError):
+                continue
+    expected = " or ".join(kind.__name__ for kind in kinds)
+    shown = f"{value!r:.40}"
+    raise DataError(f"{where}: {name!r} must be {expected}, not {type(value).__name__} {shown}")
+
+
+_TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}

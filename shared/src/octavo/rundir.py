@@ -1,0 +1,270 @@
+"""One directory for each run, in which a reader never sees half a file.
+
+    with RunDir.open(out, options, overwrite=False) as run:
+        run.write_json("metrics.json", {"accuracy": 0.9})
+
+A run that stopped is resumed by the same options; a finished one is never overwritten unasked.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import ConfigError, OctavoError
+from octavo.runtime import is_main, world_size
+
+CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
+
+#: Options that may change when a run is resumed.
+VOLATILE = {"device", "threads", "out", "overwrite", "report-to"}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; the file or folder written there gets its final name when done.
+
+    Args:
+        path: the final name. What lay there stays until it is replaced whole.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(temporary, path):
+            yield temporary
+    except PermissionError as error:
+        raise ConfigError(f"{error.filename or path}: no permission to write there") from None
+    except NotADirectoryError:
+        raise ConfigError(f"{path}: a part of this path is a file, not a folder") from None
+
+
+@contextmanager
+def _replacing(temporary: Path, path: Path) -> Iterator[None]:
+    try:
+        yield
+        if temporary.is_dir():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Stop before an output would replace something.
+
+    Raises:
+        ConfigError: the path exists and overwriting was not asked for.
+    """
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists already; choose another name or add --overwrite")
+
+
+def options_of(*parts: Any) -> dict[str, Any]:
+    """Dataclasses and mappings merged into plain options, named as on the command line."""
+    options: dict[str, Any] = {}
+    for part in parts:
+        fields: Mapping[str, Any] = part if isinstance(part, Mapping) else asdict(part)
+        for name, value in fields.items():
+            options[name.replace("_", "-")] = _plain(value)
+    return options
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+class RunDir:
+    """A folder with `config.yaml`, `environment.json`, `metrics.jsonl` and a run's artefacts.
+
+    Open it with `RunDir.open`. Under torchrun every rank may hold one; rank 0 alone writes.
+
+    Attributes:
+        path: the folder.
+        resumed: whether an earlier, unfinished run is being continued.
+    """
+
+    def __init__(self, path: Path, resumed: bool = False) -> None:
+        self.path = path
+        self.resumed = resumed
+
+    @classmethod
+    def open(cls, path: Path, options: Mapping[str, Any], overwrite: bool = False) -> "RunDir":
+        """Create the folder, or take up the run in it.
+
+        Args:
+            path: the folder; its parents are made.
+            options: what decides the result; written to `config.yaml`, compared on resuming.
+            overwrite: start anew where a run already lies.
+
+        Raises:
+            ConfigError: the folder holds a finished run, one with other options, or no run at all.
+        """
+        import yaml
+
+        if not is_main():
+            return cls(path)
+        resumed = False
+        if path.exists():
+            resumed = cls._check_existing(path, options, overwrite)
+            if not resumed:
+                shutil.rmtree(path)
+        run = cls(path, resumed)
+        if resumed:
+            for leftover in path.glob(".*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            run._mend_metrics()
+        else:
+            text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
+            write_text(path / CONFIG, text)
+        run._record(status="running", resumed=resumed)
+        return run
+
+    @staticmethod
+    def _check_existing(path: Path, options: Mapping[str, Any], overwrite: bool) -> bool:
+        """Whether the run that lies at `path` is to be resumed (True) or replaced (False)."""
+        import yaml
+
+        if path.is_dir() and not any(path.iterdir()):
+            return False
+        if not path.is_dir() or not (path / CONFIG).is_file():
+            raise ConfigError(f"{path} exists and holds no run; choose another --out")
+        if overwrite:
+            return False
+        if is_finished(path):
+            raise ConfigError(f"{path} holds a finished run; choose another --out or --overwrite")
+        earlier = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        keys = (set(earlier) | set(options)) - VOLATILE
+        changed = sorted(key for key in keys if earlier.get(key) != options.get(key))
+        if changed:
+            raise ConfigError(
+                f"{path} holds an unfinished run with other options "
+                f"({', '.join('--' + key for key in changed)}); use the same to resume it, "
+                "another --out, or --overwrite"
+            )
+        return True
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not is_main():
+            return
+        if error is None:
+            self._record(status="finished")
+        elif isinstance(error, OctavoError) and not self.resumed and self._is_bare():
+            shutil.rmtree(self.path)  # wrong input leaves no folder behind
+
+    def _is_bare(self) -> bool:
+        return {file.name for file in self.path.iterdir()} <= {CONFIG, ENVIRONMENT}
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file into the run (rank 0 alone)."""
+        if is_main():
+            write_text(self.path / name, text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file into the run (rank 0 alone)."""
+        if is_main():
+            write_json(self.path / name, value)
+
+    def log(self, **metrics: Any) -> None:
+        """Append one line to `metrics.jsonl` (rank 0 alone)."""
+        if is_main():
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of `metrics.jsonl`."""
+        file = self.path / METRICS
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def _mend_metrics(self) -> None:
+        """Drop the last line if a kill cut it off."""
+        file = self.path / METRICS
+        if file.exists():
+            whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
+            write_text(file, whole + "\n" if whole else "")
+
+    def _record(self, **changes: Any) -> None:
+        file = self.path / ENVIRONMENT
+        record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else environment()
+        stamp = {f"{changes['status']}_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        write_json(file, record | changes | stamp)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the folder holds a run that came to its end."""
+    file = path / ENVIRONMENT
+    if not file.is_file():
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("status") == "finished"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, for whoever wants to reproduce a run."""
+    import platform
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    names = ["octavo", "torch", "transformers", "datasets", "accelerate", "numpy", "scikit-learn"]
+    program = Path(sys.argv[0]).stem
+    versions = {}
+    for name in [program, *names]:
+        try:
+            versions[name] = version(name)
+        except (PackageNotFoundError, ValueError):
+            continue
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {
+        "command": [program, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": world_size(),
+        "commit": commit,
+        "versions": versions,
+    }

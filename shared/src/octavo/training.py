@@ -1,0 +1,227 @@
+"""A thin face over `transformers.Trainer`: custom losses, one metrics file, resume after a kill.
+
+The same call runs alone, under `torchrun` and under `accelerate launch`; what Trainer takes from
+its environment (FSDP, DeepSpeed) it takes here.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo import console
+from octavo.errors import ConfigError, ModelError
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime, is_main, seed_everything
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import Dataset
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, "torch.Tensor"]
+Loss = Callable[["torch.nn.Module", Batch], "torch.Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How one model is trained: AdamW, linear warm-up and decay, clipped gradients."""
+
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+
+    epochs: float = 3.0
+    """Passes over the training data."""
+
+    batch_size: int = 32
+    """Items a step and process."""
+
+    accumulate: int = 1
+    """Steps whose gradients are added up before an update."""
+
+    weight_decay: float = 0.01
+    """AdamW's decay of all weights but biases and norms."""
+
+    warmup: float = 0.1
+    """Share of the updates in which the learning rate rises."""
+
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    save_every: int = 0
+    """Updates between two checkpoints to resume from; 0 for one an epoch."""
+
+    report_to: str = "none"
+    """tensorboard or wandb (with octavo's extra of that name), or none."""
+
+
+def fit(
+    model: "PreTrainedModel",
+    data: "Sequence[Any] | Dataset",
+    collate: Callable[[list[Any]], Batch],
+    run: RunDir,
+    name: str,
+    *,
+    options: TrainOptions = TrainOptions(),
+    runtime: Runtime = Runtime(),
+    loss: Loss | None = None,
+) -> "PreTrainedModel":
+    """Train a model in place; a run that was killed goes on from its last whole checkpoint.
+
+    Args:
+        model: any of the library's models; without `loss` it must compute its own.
+        data: items by index.
+        collate: makes a batch of tensors from a list of items.
+        run: gets a line in `metrics.jsonl` every so often, and the checkpoints while training.
+        name: of this training within the run.
+        options: the optimisation.
+        runtime: seed, device and precision; bfloat16 and float16 mean autocast, the weights stay as
+            they are.
+        loss: of the model and a batch, a scalar mean over the batch's items.
+
+    Returns:
+        The model, trained, in evaluation mode.
+
+    Raises:
+        ConfigError: an option is out of range, or a reporter is not installed.
+        ModelError: the loss became NaN or infinite.
+    """
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    _check(options)
+    seed_everything(runtime.seed)
+    device, dtype = runtime.torch_device(), str(runtime.torch_dtype())
+    folder = run.path / "checkpoints" / name
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            learning_rate=options.learning_rate,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.accumulate,
+            weight_decay=options.weight_decay,
+            warmup_steps=options.warmup,
+            max_grad_norm=options.max_gradient_norm,
+            save_strategy="steps" if options.save_every else "epoch",
+            save_steps=options.save_every or 500,
+            save_total_limit=1,
+            logging_steps=20,
+            logging_nan_inf_filter=False,
+            report_to=options.report_to,
+            run_name=f"{run.path.name}/{name}",
+            seed=runtime.seed,
+            use_cpu=device.type == "cpu",
+            bf16=dtype.endswith("bfloat16"),
+            fp16=dtype.endswith(".float16"),
+            dataloader_pin_memory=device.type == "cuda",
+            ddp_find_unused_parameters=False,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            log_level="error",
+        )
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"training options: {' '.join(str(error).split())[:200]}") from None
+
+    class LossTrainer(Trainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            value = loss(model, inputs) if loss else model(**inputs).loss
+            return (value, None) if return_outputs else value
+
+    trainer = LossTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,  # pyright: ignore[reportArgumentType]
+        data_collator=collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_reporter(run, name))
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        log.info("%s: resumed at %s", name, checkpoint.name)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.wait_for_everyone()
+    return model.eval()
+
+
+def discard_checkpoints(run: RunDir, name: str) -> None:
+    """Remove a training's checkpoints once its result is saved (rank 0 alone)."""
+    folder = run.path / "checkpoints"
+    if is_main():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; Trainer writes its state file last."""
+    numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(numbered):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            return checkpoint
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _check(options: TrainOptions) -> None:
+    for name, good, what in (
+        ("learning_rate", options.learning_rate > 0, "above 0"),
+        ("epochs", options.epochs > 0, "above 0"),
+        ("batch_size", options.batch_size >= 1, "1 or more"),
+        ("accumulate", options.accumulate >= 1, "1 or more"),
+        ("warmup", 0 <= options.warmup < 1, "a share from 0 up to 1"),
+        ("save_every", options.save_every >= 0, "0 or more"),
+    ):
+        if not good:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} {getattr(options, name)}: must be {what}")
+
+
+def _reporter(run: RunDir, name: str) -> Any:
+    """A callback that writes metrics, moves the progress bar and stops at a broken loss."""
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):
+        def __init__(self) -> None:
+            self.stack = ExitStack()
+            self.done = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            bar = console.counter(f"training {name}", state.max_steps, "steps")
+            self.advance = self.stack.enter_context(bar)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.advance(state.global_step - self.done)
+            self.done = state.global_step
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logs = kwargs.get("logs") or {}
+            value = logs.get("loss")
+            if value is not None and not abs(value) < float("inf"):
+                self.stack.close()
+                raise ModelError(
+                    f"{name}: the loss became {value} by step {state.global_step}; "
+                    "lower --learning-rate or check the data"
+                )
+            run.log(training=name, step=state.global_step, **logs)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.stack.close()
+
+    return Reporter()
