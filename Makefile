@@ -22,10 +22,12 @@ PROFILE ?= quick
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(UV)  ## install everything into .venv/ (2 GB of downloads the first time)
+setup: $(UV)  ## install everything into .venv/ (2 to 3 GB of downloads the first time)
 	@git config filter.portable-lock.clean 'python3 .ci/lock.py clean' 2>/dev/null || true
 	@git config filter.portable-lock.required true 2>/dev/null || true
 	@$(UV) sync --quiet --all-packages --group dev
+	@# git takes a file of another size for changed; staging the lock in step shows it the same
+	@python3 .ci/lock.py check 2>/dev/null && git add uv.lock 2>/dev/null || true
 
 $(CURDIR)/.cache/uv/bin/uv:
 	@echo 'uv is not on the PATH: installing it into .cache/uv'

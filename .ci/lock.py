@@ -17,7 +17,12 @@ RULES = [
     (re.compile(r'registry = "[^"]*"'), 'registry = "index"'),
     (re.compile(r'url = "[a-z][a-z0-9+.-]*://[^/"]*'), 'url = "'),
     # whole tables that hold settings of the machine or repeat the pyproject files
-    (re.compile(r"^\[(?:options|package\.metadata[^\]]*)\]\n(?:(?!\[).*\n?)*", re.MULTILINE), ""),
+    (
+        re.compile(
+            r"^\[(?:options[^\]]*|package\.metadata[^\]]*)\]\n(?:(?!\[).*\n?)*", re.MULTILINE
+        ),
+        "",
+    ),
 ]
 
 

@@ -54,7 +54,9 @@ def make_app(package: str, help: str) -> App:
         version=lambda: f"{package} {version(package)}",
         help_format="plaintext",
         default_parameter=Parameter(negative=()),
+        suppress_keyboard_interrupt=False,  # `run` says what can be done then
     )
+    app.meta.suppress_keyboard_interrupt = False
     app.meta.group_parameters = Group("Common options", sort_key=9)
 
     @app.meta.default
@@ -105,7 +107,7 @@ def run(app: App, arguments: Sequence[str] | None = None) -> int:
     except OctavoError as error:
         return _complain(name, _one_line(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain(name, "interrupted; the same command goes on where it stopped", 130)
+        return _complain(name, "interrupted; the same command resumes a run", 130)
     if isinstance(outcome, Outcome) and outcome.no:
         return _complain(name, outcome.no, 3)
     return 0

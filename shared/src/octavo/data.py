@@ -13,8 +13,9 @@ import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOBase
 from pathlib import Path
-from typing import IO, Any, Union, get_args, get_origin
+from typing import Any, Union, cast, get_args, get_origin
 
 from octavo.errors import DataError
 
@@ -89,13 +90,13 @@ def iter_rows(
         yield row
 
 
-def split_names(folder: Path) -> dict[str, Path]:
-    """The files of a folder of splits, by the split each holds."""
-    found: dict[str, Path] = {}
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder of splits, by the split each holds; parquet may come in shards."""
+    found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if _format_of(file) in FORMATS:
-            stem = file.name.split(".")[0] if file.name.count(".") else file.name
-            found[stem.split("-")[0]] = file  # parquet shards: train-00000-of-00001.parquet
+            name = file.name.split(".")[0].split("-")[0]  # train.csv, train-00000-of-00002.parquet
+            found.setdefault(name, []).append(file)
     return found
 
 
@@ -108,7 +109,8 @@ def _places(
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             yield from _from_datasets(source, _load_saved(path, split), named, columns)
         else:
-            yield from _from_file(_split_file(path, split), named, columns)
+            for file in _split_files(path, split):
+                yield from _from_file(file, named, columns)
     elif path.exists():
         yield from _from_file(path, named, columns)
     elif _format_of(path) or source.startswith((".", "/", "~")):
@@ -117,18 +119,25 @@ def _places(
         yield from _from_datasets(source, _load_hub(source, split), named, columns)
 
 
-def _split_file(folder: Path, split: str | None) -> Path:
-    files = split_names(folder)
+def _split_files(folder: Path, split: str | None) -> list[Path]:
+    files = split_files(folder)
     if not files:
         raise DataError(f"{folder}: holds no data file ({', '.join(FORMATS)})")
     if split is None:
         if len(files) == 1:
-            return next(iter(files.values()))
+            return _shards(*next(iter(files.items())))
         raise DataError(f"{folder}: holds several files; name one of them: {', '.join(files)}")
     for name in SPLIT_NAMES.get(split, (split,)):
         if name in files:
-            return files[name]
+            return _shards(name, files[name])
     raise DataError(f"{folder}: has no split {split!r}; it has {', '.join(files)}")
+
+
+def _shards(split: str, files: list[Path]) -> list[Path]:
+    if len(files) > 1 and {file.suffix for file in files} != {".parquet"}:
+        names = " and ".join(file.name for file in files)
+        raise DataError(f"{files[0].parent}: {names} both hold {split!r}; name one of them")
+    return files
 
 
 def _format_of(path: Path) -> str:
@@ -158,9 +167,9 @@ def _from_file(path: Path, named: Mapping[str, str], columns: Columns) -> Iterat
             yield from _separated(path, file, kind, named, columns)
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path) -> TextIOBase:
     opener = COMPRESSIONS.get(path.suffix.lower(), open)
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+    return cast(TextIOBase, opener(path, "rt", encoding="utf-8-sig", newline=""))
 
 
 @contextmanager
@@ -184,7 +193,7 @@ def _read_errors(path: Path) -> Iterator[None]:
 
 
 def _separated(
-    path: Path, file: IO[str], kind: str, named: Mapping[str, str], columns: Columns
+    path: Path, file: TextIOBase, kind: str, named: Mapping[str, str], columns: Columns
 ) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**31 - 1)
     if kind == ".tsv":
@@ -219,18 +228,18 @@ def _csv_lines(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}, line {first}: {error}") from None
 
 
-def _jsonl(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
+def _jsonl(path: Path, file: TextIOBase) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}, column {error.colno}: {error.msg}") from None
             yield where, _mapping(row, where)
 
 
-def _json(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
+def _json(path: Path, file: TextIOBase) -> Iterator[tuple[str, Row]]:
     text = file.read()
     try:
         rows = json.loads(text) if text.strip() else []
@@ -244,7 +253,7 @@ def _json(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
         yield where, _mapping(row, where)
 
 
-def _txt(path: Path, file: IO[str]) -> Iterator[tuple[str, Row]]:
+def _txt(path: Path, file: TextIOBase) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(file, 1):
         yield f"{path}, line {number}", {"text": line.rstrip("\r\n")}
 
@@ -329,18 +338,19 @@ def _typed(value: Any, wanted: Any, where: str, name: str) -> Any:
         if _is_optional(wanted):
             return None
         raise DataError(f"{where}: {name!r} is missing")
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if isinstance(value, str):  # a cell of a text file
+        for kind in kinds:
+            try:
+                value = kind(value) if kind is not bool else _TRUTH[value.strip().lower()]
+                break
+            except (ValueError, KeyError):
+                continue
     if isinstance(value, float) and math.isnan(value):
         raise DataError(f"{where}: {name!r} is NaN")
     if type(value) in kinds:
         return value
-    if float in kinds and type(value) is int:
-        return float(value)
-    if isinstance(value, str):  # a cell of a text file
-        for kind in kinds:
-            try:
-                return kind(value) if kind is not bool else _TRUTH[value.strip().lower()]
-            except (ValueError, KeyError):
-                continue
     expected = " or ".join(kind.__name__ for kind in kinds)
     shown = f"{value!r:.40}"
     raise DataError(f"{where}: {name!r} must be {expected}, not {type(value).__name__} {shown}")

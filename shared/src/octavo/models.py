@@ -2,11 +2,14 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import ModelError
+from octavo.rundir import atomic
+from octavo.runtime import is_main
 
 log = logging.getLogger(__name__)
 
@@ -113,20 +116,40 @@ def _refuse_pickle(folder: Path) -> None:
 
 def _loaded(load: Any, source: str | Path, what: str, **options: Any) -> Any:
     """Call a `from_pretrained`, turning its many errors into one line each."""
-    from transformers.utils import logging as transformers_logging
+    from safetensors import SafetensorError
 
     place = Path(source).expanduser()
     if not place.is_dir() and str(source).startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such folder")
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        return load(str(place) if place.is_dir() else str(source), **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        with _no_bars():
+            return load(str(place) if place.is_dir() else str(source), **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(source, place, what, error)) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the library's own progress bars off: a call of ours prints nothing."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
     finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+        if shown:
+            library.enable_progress_bar()
+
+
+def save_model(
+    folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Write weights, configuration and tokenizer into a folder that appears whole (rank 0 alone)."""
+    if is_main():
+        with atomic(folder) as temporary, _no_bars():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
 
 
 def _explain(source: str | Path, place: Path, what: str, error: Exception) -> str:

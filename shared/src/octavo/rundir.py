@@ -43,7 +43,7 @@ def atomic(path: Path) -> Iterator[Path]:
             yield temporary
     except PermissionError as error:
         raise ConfigError(f"{error.filename or path}: no permission to write there") from None
-    except NotADirectoryError:
+    except (NotADirectoryError, FileExistsError):
         raise ConfigError(f"{path}: a part of this path is a file, not a folder") from None
 
 

@@ -1,14 +1,16 @@
 """Intervals, paired tests and calibration error, on scipy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+
+#: One number or truth value for each observation.
+Sample = Sequence[Any] | np.ndarray
 
 
 def bootstrap_interval(
-    *samples: ArrayLike,
+    *samples: Sample,
     statistic: Callable[..., Any] = np.mean,
     confidence: float = 0.95,
     resamples: int = 2000,
@@ -47,7 +49,7 @@ def bootstrap_interval(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def mcnemar(first_correct: ArrayLike, second_correct: ArrayLike) -> float:
+def mcnemar(first_correct: Sample, second_correct: Sample) -> float:
     """Exact two-sided p-value that two classifiers are right equally often on the same items.
 
     Args:
@@ -68,7 +70,7 @@ def mcnemar(first_correct: ArrayLike, second_correct: ArrayLike) -> float:
 
 
 def paired_permutation(
-    first: ArrayLike, second: ArrayLike, resamples: int = 9999, seed: int = 0
+    first: Sample, second: Sample, resamples: int = 9999, seed: int = 0
 ) -> float:
     """Two-sided p-value that paired values have the same mean, by swapping within pairs.
 
@@ -96,8 +98,8 @@ def paired_permutation(
 
 
 def calibration_error(
-    confidence: ArrayLike,
-    correct: ArrayLike,
+    confidence: Sample,
+    correct: Sample,
     bins: int = 15,
     binning: Literal["width", "mass"] = "width",
 ) -> float:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.errors import ConfigError
-from octavo.rundir import RunDir, atomic
+from octavo.models import save_model
+from octavo.rundir import RunDir
 from octavo.runtime import Runtime, is_main
 from octavo.training import TrainOptions, fit
 
@@ -85,10 +86,7 @@ def checkpoint(texts: Sequence[str], shape: Shape, runtime: Runtime = Runtime())
             model = _pretrain(model, tokenizer, texts, shape, runtime, work)
         if is_main():
             shutil.rmtree(work.path)
-    if is_main():
-        with atomic(folder) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+    save_model(folder, model, tokenizer)
     return _wait_for(folder)
 
 

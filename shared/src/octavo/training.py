@@ -4,6 +4,7 @@ The same call runs alone, under `torchrun` and under `accelerate launch`; what T
 its environment (FSDP, DeepSpeed) it takes here.
 """
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from octavo import console
 from octavo.errors import ConfigError, ModelError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ReportTo = Literal["none", "tensorboard", "wandb"]
 Batch = dict[str, "torch.Tensor"]
 Loss = Callable[["torch.nn.Module", Batch], "torch.Tensor"]
 
@@ -57,7 +59,7 @@ class TrainOptions:
     save_every: int = 0
     """Updates between two checkpoints to resume from; 0 for one an epoch."""
 
-    report_to: str = "none"
+    report_to: ReportTo = "none"
     """tensorboard or wandb (with octavo's extra of that name), or none."""
 
 
@@ -98,35 +100,32 @@ def fit(
     seed_everything(runtime.seed)
     device, dtype = runtime.torch_device(), str(runtime.torch_dtype())
     folder = run.path / "checkpoints" / name
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            learning_rate=options.learning_rate,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.accumulate,
-            weight_decay=options.weight_decay,
-            warmup_steps=options.warmup,
-            max_grad_norm=options.max_gradient_norm,
-            save_strategy="steps" if options.save_every else "epoch",
-            save_steps=options.save_every or 500,
-            save_total_limit=1,
-            logging_steps=20,
-            logging_nan_inf_filter=False,
-            report_to=options.report_to,
-            run_name=f"{run.path.name}/{name}",
-            seed=runtime.seed,
-            use_cpu=device.type == "cpu",
-            bf16=dtype.endswith("bfloat16"),
-            fp16=dtype.endswith(".float16"),
-            dataloader_pin_memory=device.type == "cuda",
-            ddp_find_unused_parameters=False,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            log_level="error",
-        )
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"training options: {' '.join(str(error).split())[:200]}") from None
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=options.learning_rate,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup,
+        max_grad_norm=options.max_gradient_norm,
+        save_strategy="steps" if options.save_every else "epoch",
+        save_steps=options.save_every or 500,
+        save_total_limit=1,
+        logging_steps=20,
+        logging_nan_inf_filter=False,
+        report_to=options.report_to,
+        run_name=f"{run.path.name}/{name}",
+        seed=runtime.seed,
+        use_cpu=device.type == "cpu",
+        bf16=dtype.endswith("bfloat16"),
+        fp16=dtype.endswith(".float16"),
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+    )
 
     class LossTrainer(Trainer):
         loss_is_scaled_for_ga = False
@@ -191,6 +190,10 @@ def _check(options: TrainOptions) -> None:
         if not good:
             option = "--" + name.replace("_", "-")
             raise ConfigError(f"{option} {getattr(options, name)}: must be {what}")
+    if options.report_to != "none" and not importlib.util.find_spec(options.report_to):
+        raise ConfigError(
+            f"--report-to {options.report_to}: is not installed; pip install {options.report_to}"
+        )
 
 
 def _reporter(run: RunDir, name: str) -> Any:

@@ -73,7 +73,7 @@ class Stage:
     def pad(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Rows as tensors [rows, longest], padded on the tokenizer's side."""
         side = self.tokenizer.padding_side
-        fill = {"input_ids": self.tokenizer.pad_token_id or 0}
+        fill = {"input_ids": int(self.tokenizer.pad_token_id or 0)}  # pyright: ignore
         return {
             key: pad_sequence(
                 [torch.tensor(row[key]) for row in rows], True, fill.get(key, 0), side

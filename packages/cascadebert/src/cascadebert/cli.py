@@ -191,7 +191,7 @@ def demo(
     seeds: Seeds = (0,),
     out: Path = Path("runs/cascadebert-demo"),
     overwrite: bool = False,
-    runtime: Flat[Runtime] = Runtime(),
+    runtime: Flat[Runtime] = Runtime(threads=1),
 ) -> Outcome:
     """Run the method from end to end offline and judge the paper's claims.
 
@@ -213,4 +213,4 @@ def _policy_path(cascade: CascadeConfig) -> Path:
 
     if len(cascade.model) > 1:
         raise ConfigError("several models have no common folder: name the policy file")
-    return Path(cascade.model[0]) / "policy.json"
+    return Path(*cascade.model) / "policy.json"

@@ -67,7 +67,7 @@ class TrainConfig:
     pretrain_epochs: float = 0.0
     """Passes of masked language modelling that scratch models get first."""
 
-    report_to: str = "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """tensorboard, wandb or none."""
 
     overwrite: bool = False

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
 from octavo.models import count_parameters, flops
+from octavo.stats import Sample
 
 from cascadebert.config import CostKind
 
@@ -47,7 +47,7 @@ def stage_cost(model: "PreTrainedModel", length: int) -> StageCost:
     )
 
 
-def speedup(costs: Sequence[float], exits: ArrayLike) -> float:
+def speedup(costs: Sequence[float], exits: Sample) -> float:
     """How many times cheaper than the last stage alone.
 
     Args:

@@ -144,7 +144,7 @@ def _one_seed(profile: Profile, seed: int, run: RunDir, runtime: Runtime) -> Fou
         "cascade": accuracies[-1],
         "chance": (1 - deferred) * accuracies[0] + deferred * accuracies[-2],
         "speedup": answered[f"speed-up ({policy.cost})"],
-        "dis": dis(log_odds(small), small.argmax(dim=-1) != right),
+        "dis": dis(log_odds(small).numpy(), (small.argmax(dim=-1) != right).numpy()),
     }
     curve = sweep([small, large], right.tolist(), [policy.costs[0], policy.costs[-1]])
     return Found(numbers, table, curve, policy)

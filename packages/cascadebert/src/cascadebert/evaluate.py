@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from octavo.errors import ConfigError
-from octavo.stats import bootstrap_interval, mcnemar
+from octavo.stats import Sample, bootstrap_interval, mcnemar
 
 from cascadebert.cascade import Cascade, Predictions, single
 from cascadebert.cost import speedup
@@ -15,7 +14,7 @@ from cascadebert.data import Examples
 from cascadebert.policy import Policy
 
 
-def dis(scores: ArrayLike, difficulty: ArrayLike) -> float:
+def dis(scores: Sample, difficulty: Sample) -> float:
     """Difficulty inversion score: how well confidence orders items by difficulty (section 1.2).
 
     Of all pairs of an easier and a harder item, the share in which the easier has the higher score; a

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from octavo import tiny
 from octavo.errors import ConfigError
-from octavo.models import load_config, load_model, load_tokenizer
-from octavo.rundir import RunDir, atomic
-from octavo.runtime import Runtime, is_main, seed_everything
+from octavo.models import load_config, load_model, load_tokenizer, save_model
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime, seed_everything
 from octavo.training import TrainOptions, discard_checkpoints, fit
 
 from cascadebert.cascade import MANIFEST, longest, manifest
@@ -146,10 +146,7 @@ def _train_stage(
     length = min(config.max_length, longest(model, tokenizer))
     rows = _encode(examples, tokenizer, labels, length)
     fit(model, rows, _collator(tokenizer), run, name, options=options, runtime=runtime)
-    if is_main():
-        with atomic(run.path / name) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+    save_model(run.path / name, model, tokenizer)
     discard_checkpoints(run, name)
 
 

@@ -1,0 +1,102 @@
+"""What all tests share: shape checks switched on, the real data, and an offline environment."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import jaxtyping
+import pytest
+from beartype import BeartypeConf, beartype
+from hypothesis import settings
+
+REPOSITORY = Path(__file__).resolve().parent
+DATA = REPOSITORY.parent / "shared" / "data"
+SOURCES = [*REPOSITORY.glob("shared/src/*"), *REPOSITORY.glob("packages/*/src/*")]
+
+# Before any member is imported: every annotated call is checked, tensor shapes included; an int is
+# a float there, as it is for type checkers.
+checker = ModuleType("octavo_type_checker")
+checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # pyright: ignore
+sys.modules[checker.__name__] = checker
+jaxtyping.install_import_hook([source.name for source in SOURCES], f"{checker.__name__}.check")
+
+# No test is timed against the wall clock, and none fails by chance.
+settings.register_profile("octavo", deadline=None, derandomize=True)
+settings.load_profile("octavo")
+
+# The models are tiny: a second thread gains little, and loses much beside another process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+skipped_data = pytest.StashKey[set[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session a cache of its own unless the caller named one."""
+    config.stash[skipped_data] = set()
+    if "OCTAVO_CACHE" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="octavo-cache-")
+        os.environ["OCTAVO_CACHE"] = cache.name
+        config.add_cleanup(cache.cleanup)
+
+
+def data_of(test: Path) -> Path | None:
+    """Where the real data lies of the package that a test file belongs to."""
+    match test.resolve().relative_to(REPOSITORY).parts:
+        case ["packages", package, "tests", *_]:
+            return DATA / package
+    return None
+
+
+@pytest.fixture
+def data_folder(request: pytest.FixtureRequest) -> Path:
+    """The folder of real data of the test's package; the test is skipped where it is not there."""
+    folder = data_of(request.path)
+    if folder is None:
+        pytest.fail("data_folder is for tests in packages/<package>/tests")
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Note a real-data test that was skipped."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("realdata"):
+        note_skip(item)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """Note a whole file that was skipped with the real-data tests in it."""
+    report = yield
+    if report.skipped and collector.path.is_file() and "realdata" in collector.path.read_text():
+        note_skip(collector)
+    return report
+
+
+def note_skip(node: pytest.Item | pytest.Collector) -> None:
+    """Remember what was skipped although its data is there."""
+    folder = data_of(node.path)
+    if folder is not None and folder.is_dir():
+        node.config.stash[skipped_data].add(node.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the session in which that happened."""
+    without_failure = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if session.config.stash[skipped_data] and without_failure:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why it failed."""
+    if names := sorted(terminalreporter.config.stash[skipped_data]):
+        line = f"FAILED: skipped though the real data is there: {', '.join(names)}"
+        terminalreporter.write_line(line, red=True)

@@ -1,0 +1,269 @@
+import csv
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cascadebert.cascade import Cascade
+from safetensors.torch import load_file
+
+
+def answers(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_from_a_labelled_file_to_answers(calibrated, words, command, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    code, table, _ = command(
+        "predict", "--model", calibrated, "--data", words / "test.jsonl", "--out", out
+    )
+    assert code == 0
+    assert "300 answers" in table
+    given = answers(out)
+    truth = answers(words / "test.jsonl")
+    right = sum(a["label"] == b["label"] for a, b in zip(given, truth, strict=True)) / 300
+    assert right > 0.6  # the largest class has 47 %
+    assert {row["stage"] for row in given} == {1, 2}
+    assert all(0 <= row["confidence"] <= 1 for row in given)
+
+    code, result, _ = command(
+        "evaluate", "--model", calibrated, "--test-data", words / "test.jsonl", "--json"
+    )
+    assert code == 0
+    rows = json.loads(result)["On 300 test rows"]
+    assert [row["model"] for row in rows] == ["stage 1 alone", "stage 2 alone", "cascade"]
+    assert rows[-1]["accuracy %"] == pytest.approx(100 * right)
+    assert rows[-1]["speed-up (flops)"] == pytest.approx(2, rel=0.25)
+    assert rows[0]["accuracy %"] < rows[-1]["accuracy %"]
+
+
+def test_models_are_saved_as_the_ecosystem_does(trained):
+    names = sorted(path.name for path in (trained / "stage-1").iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names)
+    assert not list(trained.glob("**/*.bin"))
+    config = json.loads((trained / "stage-1" / "config.json").read_text())
+    assert config["id2label"] == {str(i): str(i + 1) for i in range(5)}
+    assert not (trained / "checkpoints").exists()
+
+
+def test_models_can_be_given_one_by_one(calibrated, words, command, tmp_path):
+    models = ["--model", calibrated / "stage-1", "--model", calibrated / "stage-2"]
+    policy = tmp_path / "policy.json"
+    code, out, _ = command("calibrate", *models, "--dev-data", words / "dev.jsonl", "--out", policy,
+                           "--cost", "layers", "--target-speedup", "1.6", "--json")  # fmt: skip
+    assert code == 0
+    stored = json.loads(policy.read_text())
+    assert stored["costs"] == [1, 2]
+    assert stored["calibration"]["rows"] == 300
+    assert json.loads(out)["On the 300 calibration rows"][0]["speed-up (layers)"] >= 1.6
+    code, _, err = command("predict", *models, "--data", words / "test.jsonl",
+                           "--out", tmp_path / "a.jsonl")  # fmt: skip
+    assert (code, "name the policy file" in err) == (2, True)
+    code, _, _ = command("predict", *models, "--data", words / "test.jsonl", "--policy", policy,
+                         "--out", tmp_path / "a.jsonl")  # fmt: skip
+    assert code == 0
+
+
+def test_plain_sentences_csv_and_pairs(calibrated, command, tmp_path):
+    (tmp_path / "plain.txt").write_text("making\nbaked\n\nlion\n")
+    with gzip.open(tmp_path / "table.csv.gz", "wt", newline="") as file:
+        csv.writer(file).writerows([["word", "other"], *([w, w] for w in ("making", "baked"))])
+    for name, options, count in (
+        ("plain.txt", [], 4),
+        ("table.csv.gz", ["--text-column", "word"], 2),
+        ("table.csv.gz", ["--text-column", "word", "--pair-column", "other"], 2),
+    ):
+        out = tmp_path / f"{len(options)}.jsonl"
+        code, _, err = command("predict", "--model", calibrated, "--data", tmp_path / name,
+                               "--out", out, *options)  # fmt: skip
+        assert code == 0, err
+        assert len(answers(out)) == count
+
+
+def test_an_empty_file_has_no_answers(calibrated, command, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    code, _, _ = command("predict", "--model", calibrated, "--data", tmp_path / "empty.txt",
+                         "--out", tmp_path / "out.jsonl")  # fmt: skip
+    assert code == 0
+    assert (tmp_path / "out.jsonl").read_text() == ""
+
+
+def test_prediction_goes_on_after_a_bad_row_is_mended(calibrated, command, tmp_path, monkeypatch):
+    rows = [json.dumps({"text": word}) for word in ("making", "baked", "lion", "boat", "apple")]
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join([*rows[:4], "broken", ""]))
+    words = ["predict", "--model", calibrated, "--data", source, "--out", out, "--chunk", 2]
+    code, _, err = command(*words)
+    assert code == 2
+    assert "rows.jsonl, line 5" in err
+    assert not out.exists()
+    source.write_text("\n".join([*rows, ""]))
+    asked = []
+    predict = Cascade.predict
+
+    def counting(self, examples, threshold):
+        asked.extend(examples.texts)
+        return predict(self, examples, threshold)
+
+    monkeypatch.setattr(Cascade, "predict", counting)
+    assert command(*words)[0] == 0
+    assert asked == ["apple"]
+    resumed = out.read_text()
+    out.unlink()
+    assert command(*words)[0] == 0
+    assert out.read_text() == resumed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+
+
+def test_a_started_answer_file_of_other_options_is_begun_anew(calibrated, command, tmp_path):
+    source, out = tmp_path / "rows.txt", tmp_path / "out.jsonl"
+    source.write_text("making\nbaked\n")
+    (tmp_path / ".out.jsonl.partial").write_text("of another run\n")
+    (tmp_path / ".out.jsonl.partial.json").write_text(json.dumps({"source": "other"}))
+    assert command("predict", "--model", calibrated, "--data", source, "--out", out)[0] == 0
+    assert len(answers(out)) == 2
+
+
+def start(*words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "cascadebert", *map(str, words)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def train_words(words, out, *more):
+    return ["train", "--model", "scratch:1x16", "--model", "scratch:1x32", "--train-data", words,
+            "--out", out, "--alphabet", "char", "--max-length", 16, "--learning-rate", "4e-3",
+            "--epochs", 2, "--save-every", 5, *more]  # fmt: skip
+
+
+def test_a_killed_training_goes_on_and_ends_alike(words, command, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command(*train_words(words, whole))[0] == 0
+    process = start(*train_words(words, cut))
+    deadline = time.monotonic() + 300
+    while not list(cut.glob("checkpoints/stage-2/checkpoint-5/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (cut / "stage-1").is_dir()
+    assert not (cut / "cascade.json").exists()
+    code, _, err = command("predict", "--model", cut, "--data", words / "test.jsonl",
+                           "--out", tmp_path / "x")  # fmt: skip
+    assert (code, "`cascadebert train` finished" in err) == (2, True)
+    code, _, err = command(*train_words(words, cut, "--seed", 1))
+    assert (code, "other options (--seed)" in err) == (2, True)
+    code, _, err = command(*train_words(words, cut))
+    assert code == 0
+    assert "stage-1 is trained already" in err
+    for stage in ("stage-1", "stage-2"):
+        first, second = (load_file(run / stage / "model.safetensors") for run in (whole, cut))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def losses(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_two_processes_train_what_one_does(words, command, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command(*train_words(words, one, "--batch-size", 40))[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         "-m", "cascadebert", *map(str, train_words(words, two, "--batch-size", 20))],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Trained on 1200 rows") == 1
+    first, second = (losses(run) for run in (one, two))
+    assert len(first) > 4
+    assert second == pytest.approx(first, abs=1e-4)
+
+
+def test_fine_tuning_starts_from_any_pretrained_encoder(words, command, tmp_path, trained):
+    """A masked language model as the hub gives it, beside an already fine-tuned classifier."""
+    from octavo import tiny
+
+    shape = tiny.Shape(kind="bert", layers=1, width=32, alphabet="char", max_length=32)
+    encoder = tiny.checkpoint(["abcdefghijklmnopqrstuvwxyz"], shape)
+    out = tmp_path / "run"
+    code, _, err = command("train", "--model", trained / "stage-1", "--model", encoder,
+                           "--train-data", words, "--out", out, "--epochs", 1)  # fmt: skip
+    assert code == 0, err
+    assert "new weights: bert.pooler" in err
+    assert "unused: cls.predictions" in err
+    assert Cascade.from_pretrained([out]).stages[1].model.config.model_type == "bert"
+
+
+def test_words_are_written_once(command, tmp_path):
+    words = ["words", "--out", tmp_path / "words", "--train", 30, "--dev", 20, "--test", 10]
+    assert command(*words)[0] == 0
+    assert len(answers(tmp_path / "words" / "test.jsonl")) == 10
+    code, _, err = command(*words)
+    assert (code, "exists already" in err) == (2, True)
+
+
+def bad_inputs(words, calibrated, tmp_path):
+    (tmp_path / "bad.csv").write_text("text,label\nmaking,2\nbaked,\n")
+    (tmp_path / "nine.csv").write_text("text,label\nmaking,2\nbaked,9\n")
+    (tmp_path / "one.csv").write_text("text,label\nmaking,2\nbaked,2\n")
+    train = ["train", "--model", "scratch:1x16", "--out", tmp_path / "out"]
+    two = [*train, "--model", "scratch:1x32", "--train-data"]
+    model = ["--model", calibrated]
+    return {
+        "a cascade needs two models": [*train, "--train-data", words],
+        "write LAYERSxWIDTH": [*train, "--model", "scratch:big", "--train-data", words],
+        "neither a folder here nor a model": [*train, "--model", "no/such", "--train-data", words],
+        "--epochs: give one value, or one for each of the 2": [*two, words] + ["--epochs", 1] * 3,
+        "--learning-rate -1.0: must be above 0": [*two, words, "--learning-rate=-1"],
+        "no such file or folder": [*two, tmp_path / "none.csv"],
+        "bad.csv, line 3: the label is empty": [*two, tmp_path / "bad.csv"],
+        "needs two labels or more, it has ['2']": [*two, tmp_path / "one.csv"],
+        "no column 'sentence'": [*two, tmp_path / "one.csv", "--text-column", "sentence"],
+        "'texd' is missing": [*two, words, "--text-column", "texd"],
+        "nine.csv, line 3: label '9' is not one of the model's": [
+            "calibrate", *model, "--dev-data", tmp_path / "nine.csv", "--out", tmp_path / "p"],
+        "out of reach: the first stage alone is": [
+            "calibrate", *model, "--dev-data", words / "dev.jsonl", "--target-speedup", 999,
+            "--out", tmp_path / "p"],
+        "policy.json exists already": ["calibrate", *model, "--dev-data", words / "dev.jsonl"],
+        "the rows the policy was calibrated on": [
+            "evaluate", *model, "--test-data", words / "dev.jsonl"],
+        "no cascade there": ["evaluate", "--model", words, "--test-data", words / "dev.jsonl"],
+        "no policy there": ["predict", *model, "--data", words / "test.jsonl", "--out",
+                            tmp_path / "x", "--policy", tmp_path / "none.json"],
+        "--chunk 0: must be 1 or more": ["predict", *model, "--data", words / "test.jsonl",
+                                         "--out", tmp_path / "x", "--chunk", 0],
+        "holds no run; choose another --out": [*two, words, "--out", tmp_path],
+        "--size 0: must be 1 or more": ["words", "--out", tmp_path / "w", "--train", 0,
+                                        "--dev", 0, "--test", 0],
+        "is a file, not a folder": ["words", "--out", tmp_path / "bad.csv" / "w"],
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(words, calibrated, command, tmp_path):
+    cases = bad_inputs(words, calibrated, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for message, line in cases.items():
+        code, out, err = command(*line, "--quiet")
+        assert message in err
+        assert (code, out) == (2, ""), message
+        assert len(err.strip().splitlines()) == 1, err
+        assert sorted(tmp_path.rglob("*")) == before, message
+
+
+def test_a_policy_of_other_models_is_refused(calibrated, words, command, tmp_path):
+    swapped = ["--model", calibrated / "stage-2", "--model", calibrated / "stage-1"]
+    code, _, err = command("predict", *swapped, "--data", words / "test.jsonl", "--out",
+                           tmp_path / "x", "--policy", calibrated / "policy.json")  # fmt: skip
+    assert code == 2
+    assert "made for other models" in err

@@ -1,0 +1,162 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from cascadebert.cost import speedup
+from cascadebert.evaluate import dis
+from cascadebert.policy import Policy, exit_stage, fit_policy, sweep
+from cascadebert.scores import log_odds, max_probability
+from hypothesis import given
+from hypothesis import strategies as st
+from octavo.errors import ConfigError
+
+
+def random_stages(items, stages, classes=3, seed=0, ties=False):
+    generator = torch.Generator().manual_seed(seed)
+    logits = [2 * torch.randn(items, classes, generator=generator) for _ in range(stages)]
+    if ties:
+        logits = [stage.round() for stage in logits]
+    return logits, torch.randint(0, classes, (items,), generator=generator).tolist()
+
+
+def brute_force(logits, labels, costs, threshold):
+    """One item at a time, as section 1.3 of the paper says it."""
+    hits, paid, exits = 0, 0.0, [0] * len(logits)
+    for item, label in enumerate(labels):
+        for number, stage in enumerate(logits):
+            paid += costs[number]
+            if number == len(logits) - 1 or log_odds(stage[item][None]).item() > threshold:
+                hits += int(stage[item].argmax()) == label
+                exits[number] += 1
+                break
+    return hits / len(labels), costs[-1] * len(labels) / paid, exits
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_sweep_equals_running_the_cascade_at_each_threshold(stages, ties):
+    logits, labels = random_stages(40, stages, ties=ties, seed=stages)
+    costs = [float(2**number) for number in range(stages)]
+    table = sweep(logits, labels, costs)
+    assert len(table) > 10
+    for row in table.to_dict("records"):
+        accuracy, faster, exits = brute_force(logits, labels, costs, row["threshold"])
+        assert row["accuracy"] == pytest.approx(accuracy)
+        assert row["speedup"] == pytest.approx(faster)
+        assert [row[f"share_{n + 1}"] * 40 for n in range(stages)] == pytest.approx(exits)
+        assert speedup(costs, exits) == pytest.approx(faster)
+
+
+def test_the_sweep_covers_every_distinct_outcome():
+    logits, labels = random_stages(25, 3, seed=5)
+    costs = [1.0, 3.0, 9.0]
+    seen = {tuple(row) for row in sweep(logits, labels, costs)[["accuracy", "speedup"]].to_numpy()}
+    for threshold in np.linspace(-8, 8, 400):
+        accuracy, faster, _ = brute_force(logits, labels, costs, threshold)
+        assert any(abs(a - accuracy) < 1e-9 and abs(s - faster) < 1e-9 for a, s in seen)
+
+
+@pytest.mark.parametrize(
+    ("deferred", "printed"), [(31, 4.121212), (59, 3.212598), (87, 2.632258), (124, 2.125000)]
+)
+def test_the_speedups_shipped_with_the_authors_code(deferred, printed):
+    """Section 1.6 of the method page: MRPC dev, 2 and 12 layers, 408 items."""
+    assert speedup([2, 12], [408 - deferred, deferred]) == pytest.approx(printed, abs=1e-6)
+
+
+def test_a_cascade_can_be_slower_than_its_large_model():
+    assert speedup([2, 12], [1, 9]) < 1 < speedup([2, 12], [2, 8])
+
+
+def test_log_odds_are_those_of_the_largest_probability():
+    logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]])
+    p = logits.softmax(-1).max(-1).values.double()
+    assert torch.allclose(log_odds(logits), torch.log(p / (1 - p)), atol=1e-6)
+    assert torch.allclose(max_probability(logits), p, atol=1e-7)
+
+
+def test_log_odds_tell_items_apart_where_probabilities_have_rounded_to_one():
+    logits = torch.tensor([[40.0, 0.0], [60.0, 0.0]])
+    assert logits.softmax(-1).max(-1).values.tolist() == [1.0, 1.0]
+    assert log_odds(logits)[0] < log_odds(logits)[1]
+
+
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=5), st.floats(-5, 5))
+def test_log_odds_do_not_change_with_a_shift(values, shift):
+    first = log_odds(torch.tensor([values], dtype=torch.float64))
+    second = log_odds(torch.tensor([values], dtype=torch.float64) + shift)
+    assert first.item() == pytest.approx(second.item(), abs=1e-6)
+
+
+def test_an_item_leaves_at_the_first_stage_above_the_threshold():
+    scores = [torch.tensor([1.0, -1.0, -1.0, 0.0]), torch.tensor([-1.0, 1.0, -1.0, 0.0])]
+    assert exit_stage(scores, 0.0).tolist() == [0, 1, 2, 2]  # strictly above
+
+
+@pytest.mark.parametrize("target", [0.5, 1.2, 2.0, 3.5])
+def test_the_chosen_threshold_is_the_highest_that_is_fast_enough(target):
+    logits, labels = random_stages(200, 2, seed=9)
+    policy = fit_policy(logits, labels, [1.0, 5.0], target)
+    _, faster, _ = brute_force(logits, labels, [1.0, 5.0], policy.threshold)
+    assert faster >= target
+    assert policy.achieved["speedup"] == pytest.approx(faster)
+    higher = sorted(s for s in log_odds(logits[0]).tolist() if s > policy.threshold)
+    if higher:
+        above = brute_force(logits, labels, [1.0, 5.0], higher[0])
+        assert above[1] < target
+
+
+def test_targets_that_cannot_be_met():
+    logits, labels = random_stages(20, 2)
+    with pytest.raises(ConfigError, match=r"out of reach: the first stage alone is 6\.00 times"):
+        fit_policy(logits, labels, [2.0, 12.0], 6.5, "layers")
+    assert fit_policy(logits, labels, [2.0, 12.0], 6.0).achieved["share_1"] == 1.0
+    for target in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigError, match="must be above 0"):
+            fit_policy(logits, labels, [2.0, 12.0], target)
+    with pytest.raises(ConfigError, match="needs two models or more"):
+        fit_policy(logits[:1], labels, [2.0], 1.0)
+
+
+def test_a_policy_file_serves_its_own_models_only(tmp_path):
+    path = tmp_path / "policy.json"
+    policy = Policy(1.5, "flops", [1.0, 4.0], 3.0, {"speedup": 3.1}, ["a", "b"], {"rows": 9})
+    policy.save(path)
+    assert Policy.load(path, ["a", "b"]) == policy
+    stored = json.loads(path.read_text())
+    assert stored["threshold_probability"] == pytest.approx(1 / (1 + math.exp(-1.5)))
+    with pytest.raises(ConfigError, match="made for other models; run `cascadebert calibrate`"):
+        Policy.load(path, ["a", "c"])
+    with pytest.raises(ConfigError, match="no policy there"):
+        Policy.load(tmp_path / "none.json", [])
+    path.write_text(json.dumps(stored | {"version": 99}))
+    with pytest.raises(ConfigError, match="of another version"):
+        Policy.load(path, ["a", "b"])
+    for content in ("{", "[]", '{"version": 1}', json.dumps(stored | {"surprise": 1})):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match="not a policy file"):
+            Policy.load(path, ["a", "b"])
+
+
+def test_an_infinite_threshold_survives_the_file(tmp_path):
+    logits, labels = random_stages(20, 2)
+    policy = fit_policy(logits, labels, [1.0, 4.0], 0.1)
+    assert (exit_stage([log_odds(logits[0])], policy.threshold) == 1).all()
+    policy.save(tmp_path / "policy.json")
+    assert "Infinity" not in (tmp_path / "policy.json").read_text()
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
+def test_dis_against_all_pairs(items):
+    pairs = [
+        1.0 if easy[0] > hard[0] else 0.5 if easy[0] == hard[0] else 0.0
+        for easy in items if not easy[1]
+        for hard in items if hard[1]
+    ]  # fmt: skip
+    value = dis([score for score, _ in items], [int(hard) for _, hard in items])
+    if pairs:
+        assert value == pytest.approx(100 * np.mean(pairs))
+    else:
+        assert math.isnan(value)

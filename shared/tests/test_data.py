@@ -1,0 +1,215 @@
+import gzip
+import json
+import lzma
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import given
+from hypothesis import strategies as st
+from octavo.data import iter_rows, load_rows
+from octavo.errors import DataError
+
+COLUMNS = {"text": str, "label": int}
+ROWS = [{"text": "a b", "label": 0}, {"text": "ü, \u4e2d", "label": 1}]
+
+
+def write(path, rows, kind):
+    if kind == "csv":
+        text = "text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows)
+    elif kind == "tsv":
+        text = "text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in rows)
+    elif kind == "jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        text = json.dumps(rows)
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".xz"])
+def test_every_text_format_gives_the_same_rows(tmp_path, kind, packing):
+    plain = write(tmp_path / f"rows.{kind}", ROWS, kind)
+    path = plain.with_name(plain.name + packing)
+    if packing:
+        path.write_bytes({".gz": gzip, ".xz": lzma}[packing].compress(plain.read_bytes()))
+    assert load_rows(path, COLUMNS) == ROWS
+
+
+def test_parquet_and_saved_datasets(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    data = Dataset.from_list(ROWS, features=features)
+    data.to_parquet(tmp_path / "rows.parquet")
+    DatasetDict({"train": data, "dev": data.select([1])}).save_to_disk(tmp_path / "saved")
+    columns = {"text": str, "label": str}
+    assert load_rows(tmp_path / "saved", columns, "validation") == [
+        {"text": "ü, \u4e2d", "label": "yes"}
+    ]
+    assert [row["text"] for row in load_rows(tmp_path / "rows.parquet", {"text": str})] == [
+        row["text"] for row in ROWS
+    ]
+    data.save_to_disk(tmp_path / "one")
+    assert [row["label"] for row in load_rows(tmp_path / "one", columns)] == ["no", "yes"]
+    with pytest.raises(DataError, match=r"has no split 'test'; it has train, dev"):
+        load_rows(tmp_path / "saved", columns, "test")
+    with pytest.raises(DataError, match=r"several splits; name one of train, dev"):
+        load_rows(tmp_path / "saved", columns)
+
+
+def test_hub_ids_go_through_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    data = DatasetDict({"train": Dataset.from_list(ROWS)})
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or data)
+    assert load_rows("someone/something", COLUMNS, "train") == ROWS
+    assert asked == ["someone/something"]
+
+
+def test_a_hub_id_offline_is_one_clear_error():
+    with pytest.raises(DataError, match="someone/nothing: neither a file or folder here nor"):
+        load_rows("someone/nothing", COLUMNS, "train")
+
+
+def test_byte_order_mark_and_carriage_returns(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,label\r\nx,1\r\n")
+    assert load_rows(path, COLUMNS) == [{"text": "x", "label": 1}]
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert [row["text"] for row in load_rows(path, {"text": str})] == ["one", "two"]
+
+
+def test_a_tsv_is_not_quoted_and_a_csv_is(tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"open quote\t1\n')
+    (tmp_path / "a.csv").write_text('text,label\n"two\nlines",1\nx,2\n')
+    assert load_rows(tmp_path / "a.tsv", COLUMNS)[0]["text"] == '"open quote'
+    assert load_rows(tmp_path / "a.csv", COLUMNS)[0]["text"] == "two\nlines"
+    (tmp_path / "b.csv").write_text('text,label\n"two\nlines",1\nx,z\n')
+    with pytest.raises(DataError, match="line 4"):
+        load_rows(tmp_path / "b.csv", COLUMNS)
+
+
+def test_renaming_optional_columns_and_checks(tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROWS, "jsonl")
+    rows = load_rows(path, {"sentence": str, "id": str | None}, rename={"sentence": "text"})
+    assert rows == [{"sentence": row["text"], "id": None} for row in ROWS]
+    with pytest.raises(DataError, match=r"rows.jsonl, line 2: too large"):
+        load_rows(path, COLUMNS, check=lambda row: "too large" if row["label"] > 0 else None)
+    with pytest.raises(DataError, match=r"no column 'texd' is read here"):
+        load_rows(path, COLUMNS, rename={"texd": "text"})
+
+
+def test_streaming_reads_no_further_than_asked(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\nnot json\n")
+    rows = iter_rows(path, COLUMNS)
+    assert next(rows) == ROWS[0]
+    with pytest.raises(DataError, match="line 2, column 1"):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "a.csv: is empty; the first line must name the columns"),
+        ("a.csv", "text,label\n", "a.csv: holds no rows"),
+        ("a.jsonl", "", "a.jsonl: holds no rows"),
+        ("a.csv", "text,text\nx,1\n", "line 1: the column 'text' stands twice"),
+        ("a.csv", "text,other\nx,1\n", "line 1: no column 'label'; it has text, other"),
+        ("a.csv", "text,label\nx\n", "line 2: has 1 cells where the header has 2"),
+        ("a.csv", "text,label\nx,one\n", "line 2: 'label' must be int, not str 'one'"),
+        ("a.csv", 'text,label\n"x,1\n', "line 2: unexpected end of data"),
+        ("a.jsonl", '{"text": "x"}\n', "line 1: 'label' is missing"),
+        ("a.jsonl", '{"text": "x", "label": NaN}\n', "line 1: 'label' is NaN"),
+        ("a.jsonl", '{"text": 3, "label": 1}\n', "line 1: 'text' must be str, not int 3"),
+        ("a.jsonl", '{"text": "x", "label": true}\n', "'label' must be int, not bool True"),
+        ("a.jsonl", '{"text": "x",\n', "line 1, column 14"),
+        ("a.jsonl", "[1]\n", "line 1: must be an object, not list"),
+        ("a.json", '{"text": "x"}', "must hold a list of objects"),
+        ("a.json", '[{"text": "x"},\n]', "a.json, line 2, column 1"),
+        ("a.json", "[3]", "item 1: must be an object, not int"),
+        ("a.docx", "x", "unknown format; use .csv"),
+    ],
+)
+def test_malformed_files_name_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as error:
+        load_rows(tmp_path / name, COLUMNS)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8 at byte 10 (0xff)"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-4], "damaged or cut off"),
+        ("a.jsonl.xz", lzma.compress(b"{}" * 99)[:-9], "damaged or cut off"),
+        ("a.jsonl.gz", b"plain", "damaged or cut off"),
+        ("a.parquet", b"no parquet", "a.parquet:"),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_rows(tmp_path / name, COLUMNS)
+    assert message in str(error.value)
+
+
+def test_folders_of_splits(tmp_path):
+    write(tmp_path / "train.csv", ROWS, "csv")
+    write(tmp_path / "dev.jsonl", ROWS[:1], "jsonl")
+    assert load_rows(tmp_path, COLUMNS, "train") == ROWS
+    assert load_rows(tmp_path, COLUMNS, "validation") == ROWS[:1]
+    with pytest.raises(DataError, match=r"has no split 'test'; it has dev, train"):
+        load_rows(tmp_path, COLUMNS, "test")
+    with pytest.raises(DataError, match="holds several files"):
+        load_rows(tmp_path, COLUMNS)
+    (tmp_path / "train.csv").unlink()
+    assert load_rows(tmp_path, COLUMNS) == ROWS[:1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no data file"):
+        load_rows(tmp_path / "empty", COLUMNS, "train")
+
+
+def test_two_files_of_one_split_are_not_chosen_between(tmp_path):
+    write(tmp_path / "train.csv", ROWS, "csv")
+    write(tmp_path / "train.jsonl", ROWS, "jsonl")
+    with pytest.raises(DataError, match=r"train.csv and train.jsonl both hold 'train'"):
+        load_rows(tmp_path, COLUMNS, "train")
+
+
+def test_a_missing_file_is_not_taken_for_a_hub_id(tmp_path):
+    for source in (tmp_path / "rows.csv", "nowhere/rows.jsonl.gz", "./rows"):
+        with pytest.raises(DataError, match="no such file or folder"):
+            load_rows(source, COLUMNS)
+
+
+def test_types_of_text_cells(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("i,f,b,u\n3,0.5,yes,x\n")
+    columns = {"i": int, "f": float, "b": bool, "u": int | str}
+    assert load_rows(path, columns) == [{"i": 3, "f": 0.5, "b": True, "u": "x"}]
+    path.write_text("i,f,b,u\n3,nan,yes,x\n")
+    with pytest.raises(DataError, match="line 2: 'f' is NaN"):
+        load_rows(path, columns)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"f": 2}\n')
+    assert load_rows(path, {"f": float}) == [{"f": 2.0}]
+
+
+TEXTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1)
+
+
+@given(texts=TEXTS)
+def test_jsonl_and_csv_bring_any_text_back(tmp_path_factory, texts):
+    import csv
+
+    folder = tmp_path_factory.mktemp("texts")
+    with (folder / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (folder / "a.jsonl").write_text(lines, encoding="utf-8", newline="")
+    assert [row["text"] for row in load_rows(folder / "a.csv", {"text": str})] == texts
+    assert [row["text"] for row in load_rows(folder / "a.jsonl", {"text": str})] == texts

@@ -1,0 +1,141 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from octavo.errors import ConfigError, ModelError
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime
+from octavo.training import TrainOptions, discard_checkpoints, fit, last_checkpoint
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import train_words  # noqa: E402
+
+SCRIPT = str(HERE / "train_words.py")
+CPU = Runtime(device="cpu")
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def equal(first, second, tolerance):
+    return all(torch.allclose(first[name], second[name], atol=tolerance, rtol=0) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted training in this process."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train_words.main(out, batch_size=8, die_at=0)
+    return out
+
+
+def test_training_learns_and_writes_metrics(whole):
+    losses = [line["loss"] for line in RunDir(whole).metrics() if "loss" in line]
+    assert losses
+    model = train_words.make_model()
+    before = train_words.loss(model, train_words.collate(train_words.rows()))
+    model.load_state_dict(weights(whole))
+    after = train_words.loss(model, train_words.collate(train_words.rows()))
+    assert after < 0.9 * before
+
+
+def test_a_custom_loss_is_the_one_that_is_minimised(whole, tmp_path):
+    model = train_words.make_model()
+    options = TrainOptions(learning_rate=1e-2, epochs=3, batch_size=8)
+    with RunDir.open(tmp_path / "run", {}) as run:
+        fit(
+            model, train_words.rows(), train_words.collate, run, "own", options=options, runtime=CPU
+        )
+        own = [line["loss"] for line in run.metrics() if "loss" in line]
+        doubled = [line["loss"] for line in RunDir(whole).metrics() if "loss" in line]
+        assert own[0] == pytest.approx(doubled[0] / 2, rel=0.2)
+        assert not model.training
+        discard_checkpoints(run, "own")
+        assert not (run.path / "checkpoints").exists()
+
+
+def test_accumulated_gradients_equal_one_large_batch(whole, tmp_path):
+    model = train_words.make_model()
+    options = TrainOptions(learning_rate=1e-2, epochs=3, batch_size=4, accumulate=2)
+    with RunDir.open(tmp_path / "run", {}) as run:
+        fit(model, train_words.rows(), train_words.collate, run, "x", options=options, runtime=CPU,
+            loss=train_words.loss)  # fmt: skip
+    assert equal(weights(whole), model.state_dict(), 1e-4)
+
+
+def test_a_killed_training_resumed_equals_an_uninterrupted_one(whole, tmp_path):
+    out = tmp_path / "run"
+    first = subprocess.run([sys.executable, SCRIPT, str(out), "8", "14"], capture_output=True)
+    assert first.returncode == -9
+    assert not (out / "model").exists()
+    checkpoint = last_checkpoint(out / "checkpoints" / "words")
+    assert checkpoint
+    assert checkpoint.name == "checkpoint-12"
+    train_words.main(out, batch_size=8, die_at=0)
+    steps = [line["step"] for line in RunDir(out).metrics() if "loss" in line]
+    assert min(steps) > 12
+    assert equal(weights(whole), weights(out), 0)
+
+
+def test_a_checkpoint_cut_off_in_the_writing_is_passed_over(tmp_path):
+    for step, state in ((3, "{}"), (6, "{}"), (9, '{"half'), (12, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    found = last_checkpoint(tmp_path)
+    assert found
+    assert found.name == "checkpoint-6"
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_two_processes_equal_one(whole, tmp_path):
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         SCRIPT, str(out), "4", "0"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert equal(weights(whole), weights(out), 1e-4)
+    lines = RunDir(out).metrics()
+    single = RunDir(whole).metrics()
+    assert [line["step"] for line in lines] == [line["step"] for line in single]
+    for one, two in zip(single, lines, strict=True):
+        if "loss" in one:
+            assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "--learning-rate 0.0: must be above 0"),
+        ({"epochs": -1.0}, "--epochs -1.0: must be above 0"),
+        ({"batch_size": 0}, "--batch-size 0: must be 1 or more"),
+        ({"warmup": 1.5}, "--warmup 1.5: must be a share"),
+        ({"save_every": -1}, "--save-every -1"),
+        ({"report_to": "wandb"}, "--report-to wandb: is not installed; pip install wandb"),
+    ],
+)
+def test_options_out_of_range(tmp_path, options, message):
+    with RunDir.open(tmp_path / "run", {}) as run, pytest.raises(ConfigError, match=message):
+        fit(train_words.make_model(), train_words.rows(), train_words.collate, run, "x",
+            options=TrainOptions(**options), runtime=CPU)  # fmt: skip
+
+
+def test_a_loss_that_breaks_is_an_error(tmp_path):
+    def broken(model, batch):
+        return train_words.loss(model, batch) * float("nan")
+
+    options = TrainOptions(epochs=5, batch_size=8)
+    with (
+        RunDir.open(tmp_path / "run", {}) as run,
+        pytest.raises(ModelError, match="the loss became nan by step 20; lower --learning-rate"),
+    ):
+        fit(train_words.make_model(), train_words.rows(), train_words.collate, run, "x",
+            options=options, runtime=CPU, loss=broken)  # fmt: skip

@@ -1,0 +1,68 @@
+"""A small training as a user's own script would hold it; the tests kill it and launch it twice."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime, is_main
+from octavo.training import TrainOptions, fit
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.trainer_callback import DefaultFlowCallback
+
+
+def rows(count=64):
+    """Sequences whose label is whether they hold a 3."""
+    made = torch.randint(3, 9, (count, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": int((row == 3).any())} for row in made]
+
+
+def collate(items):
+    """Stack equal lengths."""
+    return {
+        "input_ids": torch.stack([item["input_ids"] for item in items]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+    }
+
+
+def loss(model, batch):
+    """Twice the cross-entropy, to tell it from the model's own."""
+    labels = batch.pop("labels")
+    return 2 * torch.nn.functional.cross_entropy(model(**batch).logits, labels)
+
+
+def make_model(seed=0):
+    """A BERT of one layer without dropout."""
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=8, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+
+
+def main(out: Path, batch_size: int, die_at: int) -> None:
+    """Train; with `die_at` the process kills itself after that step, like a lost machine."""
+    model = make_model()
+    if die_at:
+        original = DefaultFlowCallback.on_step_begin
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == die_at:
+                os.kill(os.getpid(), 9)
+            return original(self, args, state, control, **kwargs)
+
+        DefaultFlowCallback.on_step_begin = on_step_begin
+    options = TrainOptions(learning_rate=1e-2, epochs=3, batch_size=batch_size, save_every=3)
+    with RunDir.open(out, {"batch": batch_size}) as run:
+        fit(model, rows(), collate, run, "words", options=options, loss=loss,
+            runtime=Runtime(device="cpu"))  # fmt: skip
+        if is_main():
+            model.save_pretrained(out / "model")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
