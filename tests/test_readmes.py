@@ -198,3 +198,19 @@ def test_test_blocks_follow_each_other(tmp_path, commands_folder):
     assert done.returncode == 0
     assert Path(done.stdout.strip()).parent == commands_folder
     assert [path.name for path in (tmp_path / "inner").iterdir()] == ["made"]
+
+
+def test_tables_are_those_of_the_committed_results(readme: Path, root: Path, load_script):
+    tables = load_script(root / ".ci" / "tables.py")
+    assert tables.filled(readme) == readme.read_text(encoding="utf-8")
+
+
+def test_a_changed_number_is_noticed(tmp_path: Path, root: Path, load_script):
+    (tmp_path / "result.json").write_text('{"rows": [{"a": 1, "b": 2}]}')
+    page = tmp_path / "README.md"
+    page.write_text("x\n<!-- table result.json rows: a -->\n| a |\n| 9 |\n<!-- end -->\ny\n")
+    right = load_script(root / ".ci" / "tables.py").filled(page)
+    assert right != page.read_text()
+    assert right == (
+        "x\n<!-- table result.json rows: a -->\n| a |\n| --- |\n| 1 |\n<!-- end -->\ny\n"
+    )

@@ -122,23 +122,25 @@ def _loaded(load: Any, source: str | Path, what: str, **options: Any) -> Any:
     if not place.is_dir() and str(source).startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such folder")
     try:
-        with _no_bars():
+        with quiet_library():
             return load(str(place) if place.is_dir() else str(source), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(source, place, what, error)) from error
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep the library's own progress bars off: a call of ours prints nothing."""
+def quiet_library() -> Iterator[None]:
+    """Keep transformers' own bars and reports off meanwhile: a call of ours prints nothing."""
     from transformers.utils import logging as library
 
-    shown = library.is_progress_bar_enabled()
+    bars, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
     library.disable_progress_bar()
+    library.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
+        library.set_verbosity(verbosity)
+        if bars:
             library.enable_progress_bar()
 
 
@@ -147,7 +149,7 @@ def save_model(
 ) -> None:
     """Write weights, configuration and tokenizer into a folder that appears whole (rank 0 alone)."""
     if is_main():
-        with atomic(folder) as temporary, _no_bars():
+        with atomic(folder) as temporary, quiet_library():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
 

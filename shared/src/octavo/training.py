@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from octavo import console
 from octavo.errors import ConfigError, ModelError
+from octavo.models import quiet_library
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, is_main, seed_everything
 
@@ -152,7 +153,8 @@ def fit(
     checkpoint = last_checkpoint(folder)
     if checkpoint:
         log.info("%s: resumed at %s", name, checkpoint.name)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with quiet_library():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()
     return model.eval()
 
