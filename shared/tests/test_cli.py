@@ -11,7 +11,7 @@ import pytest
 from octavo import console
 from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
-from octavo.errors import AnswerIsNo, DataError
+from octavo.errors import DataError
 from octavo.runtime import Runtime
 
 HERE = Path(__file__).parent
@@ -52,8 +52,6 @@ def fail(kind: str) -> Outcome:
     """Fail in one way or another."""
     if kind == "data":
         raise DataError("rows.csv, line 3:\n  the label is empty")
-    if kind == "no":
-        raise AnswerIsNo("the floor was not met")
     if kind == "claim":
         return Outcome({"Claims": [{"claim": "a"}]}, no="1 of 1 claims failed")
     if kind == "interrupt":
@@ -82,7 +80,8 @@ def test_a_file_gives_options_and_the_command_line_wins(capsys, tmp_path):
     code, row, _ = shown(capsys, "show", "--config", str(file), "--seed", "7")
     assert code == 0
     assert row == {"rate": 3e-5, "models": ["x", "y"], "seed": 7, "seeds": [0]}
-    file.write_text("learning_rate: 0.5\n")
+    file.write_text("learning_rate: 0.5\nquiet: true\n")
+    assert shown(capsys, "show", "--config", str(file))[2] == ""
     assert shown(capsys, "show", "--config", str(file))[1]["rate"] == 0.5
     assert shown(capsys, "show")[1]["rate"] == 0.1
 
@@ -100,9 +99,8 @@ def test_results_are_a_table_for_people(capsys):
     ("words", "code", "message"),
     [
         (["fail", "data"], 2, "octavo: rows.csv, line 3: the label is empty"),
-        (["fail", "no"], 3, "octavo: the floor was not met"),
         (["fail", "claim"], 3, "octavo: 1 of 1 claims failed"),
-        (["fail", "interrupt"], 130, "octavo: interrupted; the same command resumes a run"),
+        (["fail", "interrupt"], 130, "octavo: interrupted; a started run is resumed"),
         (["show", "--learning-rate", "fast"], 2, "--learning-rate"),
         (["show", "--learning-rat", "1"], 2, "Did you mean --learning-rate?"),
         (["sho"], 2, 'Unknown command "sho"'),
@@ -123,9 +121,11 @@ def test_each_error_is_one_line_and_a_code(capsys, words, code, message):
     [
         (b"a: [1", "line 1: not YAML"),
         (b"- 1\n", "must map option names to values"),
-        (b"\xff", "not UTF-8 text"),
+        (b"\xff", "not YAML"),
         (b"unknown: 1\n", "unknown"),
         (b"seed: one\n", "seed"),
+        (b"when: 2020-13-45\n", "not YAML"),
+        (b"show: {seed: 1}\n", "must be a value or a list"),
     ],
 )
 def test_a_wrong_file_of_options_is_named(capsys, tmp_path, content, message):

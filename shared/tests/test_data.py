@@ -61,9 +61,10 @@ def test_hub_ids_go_through_datasets(tmp_path, monkeypatch):
 
     data = DatasetDict({"train": Dataset.from_list(ROWS)})
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or data)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or data)
     assert load_rows("someone/something", COLUMNS, "train") == ROWS
-    assert asked == ["someone/something"]
+    assert load_rows("someone/something:part", COLUMNS, "train") == ROWS
+    assert asked == [("someone/something", None), ("someone/something", "part")]
 
 
 def test_a_hub_id_offline_is_one_clear_error():
@@ -129,6 +130,8 @@ def test_streaming_reads_no_further_than_asked(tmp_path):
         ("a.json", '{"text": "x"}', "must hold a list of objects"),
         ("a.json", '[{"text": "x"},\n]', "a.json, line 2, column 1"),
         ("a.json", "[3]", "item 1: must be an object, not int"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: maximum recursion depth"),
+        ("a.jsonl", '{"text": "\\ud83d", "label": 1}', "holds half a character"),
         ("a.docx", "x", "unknown format; use .csv"),
     ],
 )

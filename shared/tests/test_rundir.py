@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from octavo.errors import AnswerIsNo, ConfigError, DataError
+from octavo.errors import ConfigError, DataError, OctavoError
 from octavo.rundir import RunDir, atomic, is_finished, options_of, refuse_existing, write_json
 
 
@@ -38,9 +38,16 @@ def test_a_finished_run_is_kept_unless_overwriting_is_asked_for(tmp_path):
         run.write_text("old.txt", "")
     with pytest.raises(ConfigError, match="holds a finished run; choose another --out or --over"):
         RunDir.open(tmp_path / "run", {"seed": 1})
+    with (
+        pytest.raises(DataError),
+        RunDir.open(tmp_path / "run", {"seed": 2}, overwrite=True),
+    ):
+        raise DataError("wrong after all")
+    assert "old.txt" in files(run.path)
     with RunDir.open(tmp_path / "run", {"seed": 2}, overwrite=True) as run:
         assert "old.txt" not in files(run.path)
         assert not run.resumed
+    assert files(tmp_path) == ["run"]
 
 
 def test_a_crashed_run_is_resumed_by_the_same_options_only(tmp_path):
@@ -61,13 +68,14 @@ def test_a_crashed_run_is_resumed_by_the_same_options_only(tmp_path):
 
 def test_other_folders_are_never_touched(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
+    (tmp_path / "config.yaml").write_text("of: another program\n")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="exists and holds no run; choose another --out"):
             RunDir.open(tmp_path, {}, overwrite)
-    assert files(tmp_path) == ["mine.txt"]
+    assert files(tmp_path) == ["config.yaml", "mine.txt"]
     with pytest.raises(ConfigError, match="holds no run"):
         RunDir.open(tmp_path / "mine.txt", {})
-    with pytest.raises(ConfigError, match="is a file, not a folder"):
+    with pytest.raises(ConfigError, match="nothing can be written there"):
         RunDir.open(tmp_path / "mine.txt" / "run", {})
     (tmp_path / "empty").mkdir()
     assert not RunDir.open(tmp_path / "empty", {}).resumed
@@ -77,9 +85,9 @@ def test_wrong_input_leaves_no_folder_but_results_stay(tmp_path):
     with pytest.raises(DataError), RunDir.open(tmp_path / "run", {}):
         raise DataError("no such column")
     assert files(tmp_path) == []
-    with pytest.raises(AnswerIsNo), RunDir.open(tmp_path / "run", {}) as run:
+    with pytest.raises(OctavoError), RunDir.open(tmp_path / "run", {}) as run:
         run.write_text("report.md", "it failed")
-        raise AnswerIsNo("the floor was not met")
+        raise OctavoError("the floor was not met")
     assert "report.md" in files(tmp_path / "run")
 
 
@@ -136,12 +144,19 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
 
 
 def test_paths_where_nothing_can_be_written(tmp_path):
-    with pytest.raises(ConfigError, match="is a file, not a folder"):
+    with pytest.raises(ConfigError, match="nothing can be written there"):
         write_json(Path("/dev/null/value.json"), 1)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_json(tmp_path / ("long" * 99), 1)
+    with pytest.raises(ConfigError, match="nothing can be written below"):
+        refuse_existing(Path("/dev/null/value.json"), overwrite=True)
+    with pytest.raises(FileNotFoundError), atomic(tmp_path / "x"):
+        (tmp_path / "none").read_text()  # not about the path that is written
     refuse_existing(tmp_path / "new", overwrite=False)
     with pytest.raises(ConfigError, match="exists already; choose another name or add --overwrite"):
         refuse_existing(tmp_path, overwrite=False)
-    refuse_existing(tmp_path, overwrite=True)
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
+        refuse_existing(tmp_path, overwrite=True)
 
 
 @dataclass

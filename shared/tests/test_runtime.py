@@ -46,9 +46,17 @@ def test_device_and_dtype_choice(monkeypatch):
         Runtime(device="cuda:7").torch_device()
 
 
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**32}, {"threads": -1}])
+def test_numbers_out_of_range(wrong):
+    with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}"):
+        Runtime(**wrong).start()
+
+
 def test_unknown_devices_are_named(monkeypatch):
     with pytest.raises(ConfigError, match="--device gpu: no such device; use auto"):
         Runtime(device="gpu").start()
+    with pytest.raises(ConfigError, match="--device meta: no such device"):
+        Runtime(device="meta").start()
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="not on this machine"):
         Runtime(device="mps").start()

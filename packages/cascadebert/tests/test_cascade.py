@@ -128,7 +128,7 @@ def test_any_encoder_of_the_hub_can_be_a_stage(tmp_path, kind):
     pooled, everything = cascade.predict(examples, threshold), cascade.run_all(examples, threshold)
     assert pooled.labels == everything.labels
     assert torch.equal(pooled.stages, everything.stages)
-    small_cost, large_cost = cascade.costs(16)
+    small_cost, large_cost = cascade.costs([16, 16])
     assert large_cost.flops > 2 * small_cost.flops
     assert (small_cost.layers, large_cost.layers) == (1, 2)
     assert large_cost.parameters > small_cost.parameters
@@ -216,6 +216,36 @@ def test_nothing_is_reported_on_the_calibration_rows(pair):
             compare(cascade, policy, same)
     assert compare(cascade, policy, examples, allow_same_split=True)
     assert compare(cascade, policy, examples.at(range(40)))
+
+
+def test_costs_follow_each_stages_own_tokens(tmp_path):
+    long = save_classifier(tmp_path / "long")
+    short = save_classifier(tmp_path / "short", max_position_embeddings=6)
+    cascade = Cascade.from_pretrained([long, short], runtime=CPU)
+    lengths = cascade.lengths(Examples(["one two three four five six seven"]))
+    assert lengths == [9, 6]
+    assert cascade.costs(lengths)[0].flops > cascade.costs(lengths)[1].flops
+
+
+def test_labels_without_names_are_their_numbers(tmp_path):
+    folder = save_classifier(tmp_path / "one", labels=["LABEL_0", "LABEL_1"])
+    assert Cascade.from_pretrained([folder, folder], runtime=CPU).labels == ["0", "1"]
+
+
+def test_logits_that_are_not_finite_are_an_error(tmp_path):
+    folder = save_classifier(tmp_path / "one")
+    cascade = Cascade.from_pretrained([folder, folder], runtime=CPU)
+    for weight in cascade.stages[0].model.parameters():
+        torch.nn.init.constant_(weight, float("nan"))
+    with pytest.raises(ModelError, match="one: gives logits that are not finite"):
+        cascade.predict(Examples(["one"]), 0.0)
+
+
+def test_a_broken_description_is_an_error(tmp_path):
+    for content in ("{", "[]", '{"stages": 1}'):
+        (tmp_path / "cascade.json").write_text(content)
+        with pytest.raises(ModelError, match="not a cascade's description"):
+            Cascade.from_pretrained([tmp_path], runtime=CPU)
 
 
 def test_the_manifest_names_stages_relative_to_its_folder(trained, tmp_path):

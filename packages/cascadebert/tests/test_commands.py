@@ -120,6 +120,23 @@ def test_prediction_goes_on_after_a_bad_row_is_mended(calibrated, command, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
 
 
+def test_prediction_begins_anew_when_answered_rows_change(calibrated, command, tmp_path):
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows = [json.dumps({"text": word}) for word in ("making", "baked", "lion", "boat")]
+    source.write_text("\n".join([*rows, "broken", ""]))
+    words = ["predict", "--model", calibrated, "--data", source, "--out", out, "--chunk", 2]
+    assert command(*words)[0] == 2
+    source.write_text("\n".join([rows[3], *rows[1:], ""]))
+    code, _, err = command(*words)
+    assert code == 0
+    assert "begun anew" in err
+    resumed = answers(out)
+    out.unlink()
+    assert command(*words)[0] == 0
+    assert answers(out) == resumed
+    assert len(resumed) == 4
+
+
 def test_a_started_answer_file_of_other_options_is_begun_anew(calibrated, command, tmp_path):
     source, out = tmp_path / "rows.txt", tmp_path / "out.jsonl"
     source.write_text("making\nbaked\n")
@@ -168,6 +185,33 @@ def test_a_killed_training_goes_on_and_ends_alike(words, command, tmp_path):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_overwriting_loses_nothing_to_wrong_input(words, command, trained, tmp_path):
+    import shutil
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = sorted(path.name for path in run.rglob("*"))
+    for wrong in (["--batch-size", 0], ["--text-column", "none"], ["--model", "no/such"]):
+        code, _, _ = command(*train_words(words, run, "--overwrite", *wrong))
+        assert code == 2
+        assert sorted(path.name for path in run.rglob("*")) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_two_processes_overwrite_together(words, trained, tmp_path):
+    import shutil
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    old = (run / "stage-1" / "model.safetensors").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         "-m", "cascadebert", *map(str, train_words(words, run, "--overwrite"))],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (run / "stage-1" / "model.safetensors").read_bytes() != old
+    assert (run / "cascade.json").exists()
+
+
 def losses(run):
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
@@ -186,7 +230,7 @@ def test_two_processes_train_what_one_does(words, command, tmp_path):
     assert done.stdout.count("Trained on 1200 rows") == 1
     first, second = (losses(run) for run in (one, two))
     assert len(first) > 4
-    assert second == pytest.approx(first, abs=1e-4)
+    assert second == pytest.approx(first, abs=1e-5)
 
 
 def test_fine_tuning_starts_from_any_pretrained_encoder(words, command, tmp_path, trained):
@@ -215,6 +259,7 @@ def test_words_are_written_once(command, tmp_path):
 def bad_inputs(words, calibrated, tmp_path):
     (tmp_path / "bad.csv").write_text("text,label\nmaking,2\nbaked,\n")
     (tmp_path / "nine.csv").write_text("text,label\nmaking,2\nbaked,9\n")
+    (tmp_path / "single.csv").write_text("text,label\nmaking,2\n")
     (tmp_path / "one.csv").write_text("text,label\nmaking,2\nbaked,2\n")
     train = ["train", "--model", "scratch:1x16", "--out", tmp_path / "out"]
     two = [*train, "--model", "scratch:1x32", "--train-data"]
@@ -243,10 +288,21 @@ def bad_inputs(words, calibrated, tmp_path):
                             tmp_path / "x", "--policy", tmp_path / "none.json"],
         "--chunk 0: must be 1 or more": ["predict", *model, "--data", words / "test.jsonl",
                                          "--out", tmp_path / "x", "--chunk", 0],
-        "holds no run; choose another --out": [*two, words, "--out", tmp_path],
-        "--size 0: must be 1 or more": ["words", "--out", tmp_path / "w", "--train", 0,
+        "holds no run; choose another --out": [*two[:4], tmp_path, *two[5:], words],
+        "--max-length 2: must be 4": [*two, words, "--max-length", 2],
+        "--max-length 0: must be 4": ["evaluate", *model, "--test-data", words, "--max-length", 0],
+        "--batch-tokens 0": ["evaluate", *model, "--test-data", words, "--batch-tokens", 0],
+        "--seed -1": [*two, words, "--seed=-1"],
+        "needs two rows or more": ["evaluate", *model, "--test-data", tmp_path / "single.csv"],
+        "is the file that is read": ["predict", *model, "--data", tmp_path / "one.csv", "--out",
+                                     tmp_path / "one.csv", "--overwrite"],
+        "nothing can be written below": ["predict", *model, "--data", words / "test.jsonl",
+                                         "--out", tmp_path / "one.csv" / "x"],
+        "lies in --out": ["train", "--model", "scratch:1x16", "--model", calibrated / "stage-1",
+                          "--train-data", words, "--out", calibrated, "--overwrite"],
+        "--train 0: must be 1 or more": ["words", "--out", tmp_path / "w", "--train", 0,
                                         "--dev", 0, "--test", 0],
-        "is a file, not a folder": ["words", "--out", tmp_path / "bad.csv" / "w"],
+        "one.csv: nothing can be written": ["words", "--out", tmp_path / "one.csv" / "w"],
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from cascadebert.demo import MARGINS, PROFILES, judge
+from cascadebert.demo import MARGINS, judge
 from octavo.cli import run
 from octavo.report import load_claims
 
@@ -54,8 +54,3 @@ def test_claims_are_judged_on_means():
     assert judge([GOOD, bad])[3].measured == "DIS 74.0"
     assert judge([GOOD, bad])[3].passed
     assert not judge([GOOD, bad, bad])[3].passed
-
-
-def test_profiles_differ_in_size_only():
-    assert PROFILES["quick"].models == PROFILES["full"].models
-    assert PROFILES["quick"].train < PROFILES["full"].train

@@ -7,7 +7,7 @@ import torch
 from cascadebert.cost import speedup
 from cascadebert.evaluate import dis
 from cascadebert.policy import Policy, exit_stage, fit_policy, sweep
-from cascadebert.scores import log_odds, max_probability
+from cascadebert.scores import log_odds
 from hypothesis import given
 from hypothesis import strategies as st
 from octavo.errors import ConfigError
@@ -74,7 +74,6 @@ def test_log_odds_are_those_of_the_largest_probability():
     logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]])
     p = logits.softmax(-1).max(-1).values.double()
     assert torch.allclose(log_odds(logits), torch.log(p / (1 - p)), atol=1e-6)
-    assert torch.allclose(max_probability(logits), p, atol=1e-7)
 
 
 def test_log_odds_tell_items_apart_where_probabilities_have_rounded_to_one():
@@ -134,7 +133,15 @@ def test_a_policy_file_serves_its_own_models_only(tmp_path):
     path.write_text(json.dumps(stored | {"version": 99}))
     with pytest.raises(ConfigError, match="of another version"):
         Policy.load(path, ["a", "b"])
-    for content in ("{", "[]", '{"version": 1}', json.dumps(stored | {"surprise": 1})):
+    with pytest.raises(ConfigError, match="Is a directory"):
+        Policy.load(tmp_path, [])
+    for content in (
+        json.dumps(stored | {"threshold": "abc"}),
+        "{",
+        "[]",
+        '{"version": 1}',
+        json.dumps(stored | {"surprise": 1}),
+    ):
         path.write_text(content)
         with pytest.raises(ConfigError, match="not a policy file"):
             Policy.load(path, ["a", "b"])

@@ -61,6 +61,11 @@ def test_splits_are_disjoint_files(tmp_path):
     assert len(set(texts)) == 70
 
 
+@pytest.mark.parametrize("count", [1, 7, 24, 34, 41, 100])
+def test_as_many_words_as_asked_for(count):
+    assert len(generate_words(count)) == count
+
+
 def test_none_are_not_words():
-    with pytest.raises(ConfigError, match="must be 1 or more"):
+    with pytest.raises(ConfigError, match="must be from 1 to"):
         generate_words(0)

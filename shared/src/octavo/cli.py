@@ -70,10 +70,17 @@ def make_app(package: str, help: str) -> App:
         quiet: Annotated[bool, Parameter(help="Log warnings only, show no progress.")] = False,
         log_file: Annotated[Path | None, Parameter(help="Write the log to this file too.")] = None,
     ) -> Outcome | None:
+        options = {} if config is None else _options_from(config)
+        json, verbose, quiet = (
+            given or _switch(options, name)
+            for name, given in (("json", json), ("verbose", verbose), ("quiet", quiet))
+        )
+        in_file = options.pop("log-file", None)
+        log_file = log_file or (Path(str(in_file)) if in_file else None)
         level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
         console.start(package, level, log_file)
         _calm_libraries(verbose)
-        app.config = () if config is None else (_options_from(config),)
+        app.config = (Dict(options, use_commands_as_keys=False, source=str(config)),)
         outcome = app(tokens)
         if isinstance(outcome, Outcome):
             console.show(outcome, as_json=json)
@@ -107,7 +114,11 @@ def run(app: App, arguments: Sequence[str] | None = None) -> int:
     except OctavoError as error:
         return _complain(name, _one_line(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain(name, "interrupted; the same command resumes a run", 130)
+        return _complain(
+            name,
+            "interrupted; a started run is resumed by the same command without --overwrite",
+            130,
+        )
     if isinstance(outcome, Outcome) and outcome.no:
         return _complain(name, outcome.no, 3)
     return 0
@@ -122,23 +133,33 @@ def _complain(name: str, message: str, code: int) -> int:
     return code
 
 
-def _options_from(path: Path) -> Dict:
-    """The options of a YAML file, as the source that cyclopts asks after the command line."""
+def _options_from(path: Path) -> dict[str, Any]:
+    """The options of a YAML file by their names on the command line."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "not UTF-8 text"
+        what = getattr(error, "problem", None) or error
         raise ConfigError(f"--config {path}{where}: not YAML: {what}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: must map option names to values, like `seed: 1`")
-    options: dict[str, Any] = {str(key).replace("_", "-"): value for key, value in content.items()}
-    return Dict(options, use_commands_as_keys=False, source=str(path))
+    for key, value in content.items():
+        if isinstance(value, dict):
+            raise ConfigError(f"--config {path}: {key!r} must be a value or a list, not a mapping")
+    return {str(key).replace("_", "-"): value for key, value in content.items()}
+
+
+def _switch(options: dict[str, Any], name: str) -> bool:
+    """Take a common switch out of a file's options."""
+    value = options.pop(name, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"--config: {name!r} must be true or false, not {value!r}")
+    return value
 
 
 def _calm_libraries(verbose: bool) -> None:

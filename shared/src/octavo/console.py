@@ -82,7 +82,8 @@ def show(outcome: Outcome, as_json: bool = False) -> None:
     width = None if sys.stdout.isatty() else 200  # a file or a pipe wraps nothing
     console = Console(highlight=False, markup=False, width=width)
     for name, rows in outcome.tables.items():
-        table = Table(title=name, title_justify="left", title_style="bold")
+        console.print(name, style="bold", soft_wrap=True)
+        table = Table()
         columns = columns_of(rows)
         for column in columns:
             numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
@@ -91,7 +92,7 @@ def show(outcome: Outcome, as_json: bool = False) -> None:
             table.add_row(*(cell(row.get(column)) for column in columns))
         console.print(table)
     if outcome.note:
-        console.print(outcome.note)
+        console.print(outcome.note, soft_wrap=True)
 
 
 def progress(

@@ -7,6 +7,7 @@ parquet, saved datasets and hub ids go through `datasets`.
 import csv
 import gzip
 import json
+import logging
 import lzma
 import math
 import types
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin
 
 from octavo.errors import DataError
+
+log = logging.getLogger(__name__)
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
@@ -61,7 +64,8 @@ def iter_rows(
 
     Args:
         source: a file (csv, tsv, jsonl, json, txt, parquet; text also as .gz and .xz), a folder
-            with one file a split, a folder saved by `datasets`, or a dataset's hub id. A tsv is read
+            with one file a split, a folder saved by `datasets`, or a dataset's hub id
+            (`id:configuration` for one of several). A tsv is read
             without quoting, as GLUE's are. A txt holds one text a line, as the column `text`.
         columns: the wanted columns by name, each with its type: `str`, `int`, `float`, `bool` or a
             union of these; `| None` makes it optional.
@@ -104,6 +108,8 @@ def _places(
     source: str, split: str | None, named: Mapping[str, str], columns: Columns
 ) -> Iterator[tuple[str, Row]]:
     """Pairs of a row's place, in words, and the raw row."""
+    if not source:
+        raise DataError("an empty name is no source; give a file, a folder or a hub id")
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
@@ -236,6 +242,8 @@ def _jsonl(path: Path, file: TextIOBase) -> Iterator[tuple[str, Row]]:
                 row = json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}, column {error.colno}: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: {error}") from None
             yield where, _mapping(row, where)
 
 
@@ -276,7 +284,9 @@ def _load_hub(source: str, split: str | None) -> Any:
     import datasets
 
     try:
-        data = datasets.load_dataset(source)
+        log.info("%s: asking the hub", source)
+        name, _, configuration = source.partition(":")
+        data = datasets.load_dataset(name, configuration or None)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -349,6 +359,8 @@ def _typed(value: Any, wanted: Any, where: str, name: str) -> Any:
                 continue
     if isinstance(value, float) and math.isnan(value):
         raise DataError(f"{where}: {name!r} is NaN")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{where}: {name!r} holds half a character (a lone surrogate)")
     if type(value) in kinds:
         return value
     expected = " or ".join(kind.__name__ for kind in kinds)

@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix, and the answer no.
+"""Errors that are the user's to fix.
 
 Each message says what is wrong, where (file, row, column, option), and what to do; the command line
 prints it as one line and exits with the error's code.
@@ -21,9 +21,3 @@ class DataError(OctavoError):
 
 class ModelError(OctavoError):
     """A model cannot be had, or is not of the kind that is needed."""
-
-
-class AnswerIsNo(OctavoError):
-    """The work ran properly and the answer is no: a floor not met, a guard violated."""
-
-    exit_code = 3

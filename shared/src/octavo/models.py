@@ -119,6 +119,8 @@ def _loaded(load: Any, source: str | Path, what: str, **options: Any) -> Any:
     from safetensors import SafetensorError
 
     place = Path(source).expanduser()
+    if not place.is_dir():
+        log.debug("%s: asking the hub", source)
     if not place.is_dir() and str(source).startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such folder")
     try:
@@ -163,6 +165,8 @@ def _explain(source: str | Path, place: Path, what: str, error: Exception) -> st
         return f"{source}: this architecture has no such head ({first[:120]})"
     if "size mismatch" in words or "mismatched" in words:
         return f"{source}: its weights do not have the shapes of its config.json"
+    if place.is_dir() and "backend tokenizer" in words:
+        return f"{source}: holds no tokenizer (tokenizer.json or the like)"
     if place.is_dir():
         return f"{source}: cannot read its {what} ({first[:160]})"
     return (

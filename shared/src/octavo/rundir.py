@@ -31,7 +31,8 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path; the file or folder written there gets its final name when done.
 
     Args:
-        path: the final name. What lay there stays until it is replaced whole.
+        path: the final name. A file that lay there stays until it is replaced; a folder is moved
+            aside for the moment of the renaming.
 
     Raises:
         ConfigError: nothing can be written there.
@@ -39,12 +40,15 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: nothing can be written there ({error.strerror})") from None
+    try:
         with _replacing(temporary, path):
             yield temporary
-    except PermissionError as error:
-        raise ConfigError(f"{error.filename or path}: no permission to write there") from None
-    except (NotADirectoryError, FileExistsError):
-        raise ConfigError(f"{path}: a part of this path is a file, not a folder") from None
+    except OSError as error:
+        if error.filename not in (str(path), str(temporary)):
+            raise  # the caller's own affair
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 @contextmanager
@@ -80,13 +84,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Stop before an output would replace something.
+    """Stop, before any work is done, where an output would replace something or cannot be.
 
     Raises:
-        ConfigError: the path exists and overwriting was not asked for.
+        ConfigError: the path exists and overwriting was not asked for, it is a folder, or nothing
+            can be written there.
     """
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists already; choose another name or add --overwrite")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file")
+    above = next(place for place in path.absolute().parents if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{path}: nothing can be written below {above}")
 
 
 def options_of(*parts: Any) -> dict[str, Any]:
@@ -117,9 +127,10 @@ class RunDir:
         resumed: whether an earlier, unfinished run is being continued.
     """
 
-    def __init__(self, path: Path, resumed: bool = False) -> None:
+    def __init__(self, path: Path, resumed: bool = False, aside: Path | None = None) -> None:
         self.path = path
         self.resumed = resumed
+        self._aside = aside  # the run that is being replaced, until this one is done
 
     @classmethod
     def open(cls, path: Path, options: Mapping[str, Any], overwrite: bool = False) -> "RunDir":
@@ -137,12 +148,13 @@ class RunDir:
 
         if not is_main():
             return cls(path)
-        resumed = False
-        if path.exists():
-            resumed = cls._check_existing(path, options, overwrite)
-            if not resumed:
-                shutil.rmtree(path)
-        run = cls(path, resumed)
+        aside = None
+        resumed = path.exists() and cls._check_existing(path, options, overwrite)
+        if path.exists() and not resumed:
+            aside = path.with_name(f".{path.name}.replaced")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        run = cls(path, resumed, aside)
         if resumed:
             for leftover in path.glob(".*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -160,13 +172,13 @@ class RunDir:
 
         if path.is_dir() and not any(path.iterdir()):
             return False
-        if not path.is_dir() or not (path / CONFIG).is_file():
+        if not path.is_dir() or not (path / CONFIG).is_file() or not _status(path):
             raise ConfigError(f"{path} exists and holds no run; choose another --out")
         if overwrite:
             return False
         if is_finished(path):
             raise ConfigError(f"{path} holds a finished run; choose another --out or --overwrite")
-        earlier = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        earlier = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")) or {}
         keys = (set(earlier) | set(options)) - VOLATILE
         changed = sorted(key for key in keys if earlier.get(key) != options.get(key))
         if changed:
@@ -185,8 +197,12 @@ class RunDir:
             return
         if error is None:
             self._record(status="finished")
+            if self._aside:
+                shutil.rmtree(self._aside)
         elif isinstance(error, OctavoError) and not self.resumed and self._is_bare():
             shutil.rmtree(self.path)  # wrong input leaves no folder behind
+            if self._aside:
+                self._aside.rename(self.path)
 
     def _is_bare(self) -> bool:
         return {file.name for file in self.path.iterdir()} <= {CONFIG, ENVIRONMENT}
@@ -229,10 +245,16 @@ class RunDir:
 
 def is_finished(path: Path) -> bool:
     """Whether the folder holds a run that came to its end."""
-    file = path / ENVIRONMENT
-    if not file.is_file():
-        return False
-    return json.loads(file.read_text(encoding="utf-8")).get("status") == "finished"
+    return _status(path) == "finished"
+
+
+def _status(path: Path) -> str:
+    """How far the run in a folder came; empty where there is none."""
+    try:
+        record = json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
+        return str(record["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def environment() -> dict[str, Any]:

@@ -34,10 +34,11 @@ class Runtime:
         """Seed every generator, set threads and determinism, and return the device.
 
         Raises:
-            ConfigError: the device is unknown or not on this machine.
+            ConfigError: the device is unknown or not here, or a number is out of range.
         """
         import torch
 
+        self.check()
         device = self.torch_device()
         seed_everything(self.seed)
         if self.threads:
@@ -46,6 +47,24 @@ class Runtime:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         return device
+
+    def check(self) -> None:
+        """Refuse a seed or a number of threads that cannot be.
+
+        Raises:
+            ConfigError: one is out of range.
+        """
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed}: must be from 0 to {2**32 - 1}")
+        if not 0 <= self.threads <= 1024:
+            raise ConfigError(f"--threads {self.threads}: must be from 0 (automatic) to 1024")
+
+    def wait_for_everyone(self) -> None:
+        """Under torchrun, wait until every process has come here."""
+        if world_size() > 1:
+            from accelerate import PartialState
+
+            PartialState(cpu=self.torch_device().type == "cpu").wait_for_everyone()
 
     def torch_device(self) -> "torch.device":
         """The device that `device` names, checked to be there; under torchrun each rank its own."""
@@ -57,6 +76,8 @@ class Runtime:
             name = next((kind for kind, there in available.items() if there()), "cpu")
         try:
             device = torch.device(name)
+            if device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError
         except RuntimeError:
             raise ConfigError(
                 f"--device {self.device}: no such device; use auto, cpu, cuda, cuda:N or mps"
@@ -89,7 +110,7 @@ def seed_everything(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below us still draw from it
+    np.random.seed(seed)  # noqa: NPY002 - libraries below us still draw from it
     torch.manual_seed(seed)
 
 

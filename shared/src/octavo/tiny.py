@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from octavo.errors import ConfigError
 from octavo.models import save_model
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime, is_main
+from octavo.runtime import Runtime
 from octavo.training import TrainOptions, fit
 
 if TYPE_CHECKING:
@@ -82,10 +82,9 @@ def checkpoint(texts: Sequence[str], shape: Shape, runtime: Runtime = Runtime())
     tokenizer = make_tokenizer(texts, shape)
     model = make_model(shape, tokenizer, runtime.seed)
     if shape.pretrain_epochs:  # on every rank: they train together
-        with RunDir.open(folder.with_name(folder.name + ".run"), asdict(shape)) as work:
+        with tempfile.TemporaryDirectory() as place:
+            work = RunDir.open(Path(place) / "run", asdict(shape))
             model = _pretrain(model, tokenizer, texts, shape, runtime, work)
-        if is_main():
-            shutil.rmtree(work.path)
     save_model(folder, model, tokenizer)
     return _wait_for(folder)
 
@@ -115,6 +114,11 @@ def _check(texts: Sequence[str], shape: Shape) -> None:
         raise ConfigError("a tokenizer from scratch needs texts, and there is none")
     if shape.layers < 1 or shape.width < 2 or shape.width % 2:
         raise ConfigError(f"{shape.layers}x{shape.width}: needs a layer or more, and an even width")
+    if shape.vocabulary < 16 or shape.max_length < 4:
+        raise ConfigError(
+            f"a vocabulary of {shape.vocabulary} tokens and texts of {shape.max_length}: "
+            "needs 16 and 4 or more"
+        )
     if shape.width > 16 and shape.width % 16:
         raise ConfigError(f"width {shape.width}: must be a multiple of 16 (one head's width)")
 

@@ -7,6 +7,7 @@ its environment (FSDP, DeepSpeed) it takes here.
 import importlib.util
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from octavo import console
 from octavo.errors import ConfigError, ModelError
 from octavo.models import quiet_library
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime, is_main, seed_everything
+from octavo.runtime import Runtime, is_main, local_rank, seed_everything
 
 if TYPE_CHECKING:
     import torch
@@ -97,9 +98,13 @@ def fit(
     """
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    _check(options)
+    check(options)
     seed_everything(runtime.seed)
     device, dtype = runtime.torch_device(), str(runtime.torch_dtype())
+    if device.type == "cuda" and device.index != local_rank():
+        raise ConfigError(
+            f"--device {device}: to train there, set CUDA_VISIBLE_DEVICES={device.index}"
+        )
     folder = run.path / "checkpoints" / name
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -156,6 +161,8 @@ def fit(
     with quiet_library():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise ModelError(f"{name}: a weight became NaN or infinite; lower --learning-rate")
     return model.eval()
 
 
@@ -180,12 +187,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _check(options: TrainOptions) -> None:
+def check(options: TrainOptions) -> None:
+    """Refuse options that are out of range.
+
+    Raises:
+        ConfigError: one is, or a reporter is not installed.
+    """
     for name, good, what in (
-        ("learning_rate", options.learning_rate > 0, "above 0"),
-        ("epochs", options.epochs > 0, "above 0"),
+        ("learning_rate", 0 < options.learning_rate < math.inf, "above 0, and finite"),
+        ("epochs", 0 < options.epochs < math.inf, "above 0, and finite"),
         ("batch_size", options.batch_size >= 1, "1 or more"),
         ("accumulate", options.accumulate >= 1, "1 or more"),
+        ("weight_decay", 0 <= options.weight_decay < math.inf, "0 or more"),
         ("warmup", 0 <= options.warmup < 1, "a share from 0 up to 1"),
         ("save_every", options.save_every >= 0, "0 or more"),
     ):

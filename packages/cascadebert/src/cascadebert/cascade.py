@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from octavo import console
@@ -140,9 +140,14 @@ class Cascade:
             runtime: device and precision.
 
         Raises:
+            ConfigError: a length is too small.
             ModelError: a model cannot be had, its checkpoint lacks a weight or has one too many, or
                 the models' label names differ.
         """
+        if batch_tokens < 1:
+            raise ConfigError(f"--batch-tokens {batch_tokens}: must be 1 or more")
+        if max_length is not None and max_length < 4:
+            raise ConfigError(f"--max-length {max_length}: must be 4 or more")
         sources, labels = [str(model) for model in models], None
         if len(sources) == 1:
             folder = Path(sources[0]).expanduser()
@@ -152,10 +157,13 @@ class Cascade:
                     f"{folder}: no cascade there ({MANIFEST} is missing); give a folder that "
                     "`cascadebert train` finished, or two fine-tuned models or more"
                 )
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-            sources = [str(folder / stage) for stage in content["stages"]]
-            labels = content["labels"]
-            max_length = max_length or content["max_length"]
+            try:
+                content = json.loads(manifest.read_text(encoding="utf-8"))
+                sources = [str(folder / stage) for stage in content["stages"]]
+                labels = [str(label) for label in content["labels"]]
+                max_length = max_length or int(content["max_length"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{manifest}: not a cascade's description ({error})") from None
         device, dtype = runtime.torch_device(), runtime.torch_dtype()
         stages: list[Stage] = []
         for source in sources:
@@ -170,15 +178,18 @@ class Cascade:
         """Hash of each stage's weights, by which a policy knows its models."""
         return [stage.weights for stage in self.stages]
 
-    def costs(self, length: int) -> list[StageCost]:
-        """What an item of `length` tokens costs at each stage."""
-        return [stage_cost(stage.model, length) for stage in self.stages]
-
-    def mean_length(self, examples: Examples, sample: int = 2000) -> int:
-        """Tokens of a typical example at the first stage, special ones included."""
+    def lengths(self, examples: Examples, sample: int = 2000) -> list[int]:
+        """Tokens of a typical example at each stage, special ones included."""
         some = examples.at(range(min(sample, len(examples))))
-        lengths = [len(row["input_ids"]) for row in self.stages[0].encode(some)]
-        return max(1, round(sum(lengths) / len(lengths)))
+        tokens = [[len(row["input_ids"]) for row in stage.encode(some)] for stage in self.stages]
+        return [max(1, round(sum(counts) / len(counts))) for counts in tokens]
+
+    def costs(self, lengths: Sequence[int]) -> list[StageCost]:
+        """What an item of so many tokens costs at each stage."""
+        return [
+            stage_cost(stage.model, length)
+            for stage, length in zip(self.stages, lengths, strict=True)
+        ]
 
     def class_numbers(self, examples: Examples) -> list[int]:
         """The examples' labels as numbers in the cascade's order.
@@ -215,6 +226,8 @@ class Cascade:
                 output = stage.model(**inputs).logits
                 result[batch] = output[:, stage.classes].float().cpu()
                 advance(len(batch))
+        if not result.isfinite().all():
+            raise ModelError(f"{stage.name}: gives logits that are not finite; train it again")
         return result
 
     def predict(self, examples: Examples, threshold: float) -> Predictions:
@@ -247,15 +260,15 @@ class Cascade:
         Raises:
             ConfigError: it is out of reach; the message names the ceiling.
         """
-        length = self.mean_length(examples)
+        lengths = self.lengths(examples)
         policy = fit_policy(
             [self.logits(number, examples) for number in range(len(self.stages))],
             self.class_numbers(examples),
-            [price.of(cost) for price in self.costs(length)],
+            [price.of(cost) for price in self.costs(lengths)],
             target_speedup,
             cost,
         )
-        calibration = {"rows": len(examples), "hash": examples.fingerprint(), "length": length}
+        calibration = {"rows": len(examples), "hash": examples.fingerprint(), "lengths": lengths}
         return replace(policy, models=self.hashes, calibration=calibration)
 
     def run_all(self, examples: Examples, threshold: float) -> Predictions:
@@ -286,10 +299,12 @@ def _load_stage(
     weights = hash_weights(model)  # as stored, so that a policy holds in any precision
     model.to(dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     tokenizer = load_tokenizer(source)
-    if len(model.config.id2label or {}) < 2:
+    if (model.config.num_labels or 0) < 2:
         raise ModelError(f"{source}: a regression head has no confidence; needs two labels or more")
-    named = model.config.id2label or {}
-    names = {str(name): int(number) for number, name in named.items()}
+    named = {int(number): str(name) for number, name in (model.config.id2label or {}).items()}
+    if all(name == f"LABEL_{number}" for number, name in named.items()):
+        named = {number: str(number) for number in named}  # the library's stand-in for no names
+    names = {name: number for number, name in named.items()}
     if labels is not None and set(names) != set(labels):
         raise ModelError(
             f"{source}: its labels ({', '.join(names)}) are not those of the first stage "
@@ -322,13 +337,8 @@ def hash_weights(model: "PreTrainedModel") -> str:
     total = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         total.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        total.update(weight.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        total.update(weight.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     return total.hexdigest()
-
-
-def manifest(stages: Sequence[str], labels: Sequence[str], max_length: int) -> dict[str, Any]:
-    """What a cascade's folder says of itself in `cascade.json`."""
-    return {"stages": list(stages), "labels": list(labels), "max_length": max_length}
 
 
 def single(cascade: Cascade, number: int) -> Cascade:

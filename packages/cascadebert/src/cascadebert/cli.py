@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from octavo.cli import Flat, Seeds, make_app, run
@@ -11,6 +11,9 @@ from octavo.console import Outcome
 from octavo.runtime import Runtime
 
 from cascadebert.config import CalibrateConfig, CascadeConfig, DataConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from cascadebert.cascade import Cascade
 
 app = make_app(
     "cascadebert",
@@ -57,18 +60,12 @@ def calibrate(
     """Choose the threshold for a wanted speed-up on held-out rows and write the policy."""
     from octavo.rundir import refuse_existing
 
-    from cascadebert.cascade import Cascade
     from cascadebert.data import load_examples
 
     runtime.start()
     out = config.out or _policy_path(cascade)
     refuse_existing(out, config.overwrite)
-    models = Cascade.from_pretrained(
-        cascade.model,
-        max_length=cascade.max_length,
-        batch_tokens=cascade.batch_tokens,
-        runtime=runtime,
-    )
+    models = _load(cascade, runtime)
     examples = load_examples(config.dev_data, data, split="validation", labels=models.labels)
     policy = models.calibrate(examples, config.target_speedup, config.cost)
     policy.save(out)
@@ -106,18 +103,12 @@ def predict(
     """
     from octavo.rundir import refuse_existing
 
-    from cascadebert.cascade import Cascade
     from cascadebert.policy import Policy
     from cascadebert.predict import predict_file
 
     runtime.start()
     refuse_existing(out, overwrite)
-    models = Cascade.from_pretrained(
-        cascade.model,
-        max_length=cascade.max_length,
-        batch_tokens=cascade.batch_tokens,
-        runtime=runtime,
-    )
+    models = _load(cascade, runtime)
     chosen = Policy.load(policy or _policy_path(cascade), models.hashes)
     exits = predict_file(models, chosen, source, out, data, chunk)
     total = sum(exits)
@@ -145,18 +136,12 @@ def evaluate(
         policy: The policy file; policy.json in the cascade's folder by default.
         allow_same_split: Report on the calibration rows all the same.
     """
-    from cascadebert.cascade import Cascade
     from cascadebert.data import load_examples
     from cascadebert.evaluate import compare
     from cascadebert.policy import Policy
 
     runtime.start()
-    models = Cascade.from_pretrained(
-        cascade.model,
-        max_length=cascade.max_length,
-        batch_tokens=cascade.batch_tokens,
-        runtime=runtime,
-    )
+    models = _load(cascade, runtime)
     chosen = Policy.load(policy or _policy_path(cascade), models.hashes)
     examples = load_examples(test_data, data, split="test", labels=models.labels)
     rows = compare(models, chosen, examples, allow_same_split=allow_same_split)
@@ -210,6 +195,17 @@ def demo(
     runtime = replace(runtime, threads=runtime.threads or 1)
     runtime.start()
     return run_demo(profile, seeds, out, overwrite, runtime)
+
+
+def _load(config: CascadeConfig, runtime: Runtime) -> "Cascade":
+    from cascadebert.cascade import Cascade
+
+    return Cascade.from_pretrained(
+        config.model,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        runtime=runtime,
+    )
 
 
 def _policy_path(cascade: CascadeConfig) -> Path:

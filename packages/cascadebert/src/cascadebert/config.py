@@ -20,6 +20,9 @@ class DataConfig:
     label_column: str = "label"
     """Column of the label, a name or a number."""
 
+    split: str | None = None
+    """Split of a folder or a hub id; by default train, validation or test as the command needs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

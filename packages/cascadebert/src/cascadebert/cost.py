@@ -2,7 +2,7 @@
 
 An item that is deferred has paid for every stage it visited. With costs c_1 .. c_n and a share d_i of
 the items deferred beyond stage i, an item costs c_1 + sum_i d_i c_{i+1} on average, and the speed-up is
-c_n over that (section 1.3 of the paper, in layers there).
+c_n over that (in layers in the paper).
 """
 
 from collections.abc import Sequence

@@ -55,7 +55,7 @@ def load_examples(
     Args:
         source: a file, a folder of splits or a hub id.
         config: which columns hold what.
-        split: train, validation or test, for a folder or a hub id.
+        split: of a folder or a hub id, where the configuration names none.
         labels: the names that are allowed; any by default.
 
     Raises:
@@ -63,7 +63,7 @@ def load_examples(
     """
 
     def check(row: Row) -> str | None:
-        label = str(row["label"]).strip()
+        label = _label(row)
         if not label:
             return "the label is empty"
         if labels is not None and label not in labels:
@@ -71,19 +71,17 @@ def load_examples(
         return None
 
     columns, rename = _columns(config)
-    columns |= {"label": int | str | bool}
+    columns |= {"label": str | int | bool}  # text stays text: 01 is not 1
     rename |= {"label": config.label_column}
-    rows = load_rows(source, columns, split, rename, check)
-    return _examples(rows, [str(row["label"]).strip() for row in rows])
+    rows = load_rows(source, columns, config.split or split, rename, check)
+    return _examples(rows, [_label(row) for row in rows])
 
 
-def stream_examples(
-    source: str, config: DataConfig, chunk: int, split: str | None = None
-) -> Iterator[Examples]:
+def stream_examples(source: str, config: DataConfig, chunk: int) -> Iterator[Examples]:
     """Read unlabelled rows in chunks, so that a file of any length fits into memory."""
     columns, rename = _columns(config)
     rows: list[Row] = []
-    for row in iter_rows(source, columns, split, rename):
+    for row in iter_rows(source, columns, config.split, rename):
         rows.append(row)
         if len(rows) == chunk:
             yield _examples(rows)
@@ -99,11 +97,16 @@ def label_names(examples: Examples, source: str) -> list[str]:
         DataError: there are fewer than two.
     """
     names = sorted(set(examples.labels or []))
-    if all(name.isdigit() for name in names):
-        names.sort(key=int)
+    if all(name.isdecimal() for name in names):
+        names.sort(key=lambda name: (len(name), name))
     if len(names) < 2:
         raise DataError(f"{source}: classification needs two labels or more, it has {names}")
     return names
+
+
+def _label(row: Row) -> str:
+    value = row["label"]
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
 def _columns(config: DataConfig) -> tuple[dict, dict]:

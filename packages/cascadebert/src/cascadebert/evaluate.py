@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, DataError
 from octavo.stats import Sample, bootstrap_interval, mcnemar
 
 from cascadebert.cascade import Cascade, Predictions, single
@@ -15,7 +15,7 @@ from cascadebert.policy import Policy
 
 
 def dis(scores: Sample, difficulty: Sample) -> float:
-    """Difficulty inversion score: how well confidence orders items by difficulty (section 1.2).
+    """Difficulty inversion score: how well confidence orders items by difficulty.
 
     Of all pairs of an easier and a harder item, the share in which the easier has the higher score; a
     tie in score counts half. With right = easy and wrong = hard it is the area under the ROC curve
@@ -55,7 +55,10 @@ def compare(
 
     Raises:
         ConfigError: the policy was fitted on these very rows.
+        DataError: there are fewer than two.
     """
+    if len(examples) < 2:
+        raise DataError("an evaluation needs two rows or more")
     if examples.fingerprint() == policy.calibration.get("hash") and not allow_same_split:
         raise ConfigError(
             "these are the rows the policy was calibrated on; report on others "

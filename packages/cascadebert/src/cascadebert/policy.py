@@ -70,9 +70,12 @@ class Policy:
                 raise ConfigError(f"{path}: of another version; run `cascadebert calibrate` again")
             for derived in ("score", "threshold_probability"):
                 content.pop(derived)
+            content["threshold"] = float(content["threshold"])
             policy = cls(**content)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no policy there; run `cascadebert calibrate`") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: not a policy file ({error})") from None
         if policy.models != list(models):

@@ -4,8 +4,10 @@ While it runs, answers gather in `.<out>.partial`, and `.<out>.partial.json` tel
 and how far they reach.
 """
 
+import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,22 +45,32 @@ def predict_file(
 
     Raises:
         DataError: a row cannot be read; the chunks before it stay answered for the next try.
-        ConfigError: nothing can be written there.
+        ConfigError: nothing can be written there, or it is the file that is read.
     """
     if chunk < 1:
         raise ConfigError(f"--chunk {chunk}: must be 1 or more")
+    if out.resolve() == Path(source).resolve():
+        raise ConfigError(f"{out}: is the file that is read; name another for the answers")
     partial = out.with_name(f".{out.name}.partial")
     progress = out.with_name(f".{out.name}.partial.json")
     belongs = {
-        "source": source,
+        "source": str(Path(source).resolve()),
         "policy": [policy.threshold, *policy.models],
-        "columns": [config.text_column, config.pair_column],
+        "columns": [config.text_column, config.pair_column, config.split],
+        "lengths": [stage.max_length for stage in cascade.stages],
+        "dtype": str(next(cascade.stages[0].model.parameters()).dtype),
         "chunk": chunk,
     }
     done = _resume(partial, progress, belongs)
     exits = np.array(done["exits"] or [0] * len(cascade.stages))
+    seen = hashlib.sha256()
     for number, examples in enumerate(stream_examples(source, config, chunk)):
+        seen.update("\0".join([*examples.texts, *(examples.pairs or [])]).encode())
         if number < done["chunks"]:
+            if number == done["chunks"] - 1 and seen.hexdigest() != done["seen"]:
+                log.info("the rows answered so far have changed: begun anew")
+                partial.unlink()
+                return predict_file(cascade, policy, source, out, config, chunk)
             continue
         answers = cascade.predict(examples, policy.threshold)
         lines = [
@@ -72,10 +84,13 @@ def predict_file(
             partial.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise ConfigError(f"{out}: {error.strerror}") from None
         done = {
             "chunks": number + 1,
+            "seen": seen.hexdigest(),
             "bytes": partial.stat().st_size,
             "exits": exits.tolist(),
         }
@@ -91,8 +106,12 @@ def predict_file(
 def _resume(partial: Path, progress: Path, belongs: dict) -> dict:
     """How far an earlier run of the same came; what it wrote beyond that is cut off."""
     if progress.exists() and partial.exists():
-        earlier = json.loads(progress.read_text(encoding="utf-8"))
-        if all(earlier.get(key) == value for key, value in belongs.items()):
+        try:
+            earlier = json.loads(progress.read_text(encoding="utf-8"))
+            alike = all(earlier.get(key) == value for key, value in belongs.items())
+        except (ValueError, AttributeError):
+            earlier, alike = {}, False
+        if alike and partial.stat().st_size >= earlier["bytes"]:
             with partial.open("r+b") as file:
                 file.truncate(earlier["bytes"])
             log.info("resumed after %d chunks", earlier["chunks"])

@@ -1,6 +1,5 @@
 """How certain a stage is. Larger is more certain."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -8,7 +7,7 @@ from torch import Tensor
 def log_odds(logits: Float[Tensor, "items classes"]) -> Float[Tensor, " items"]:
     """Log-odds of the predicted class, log(p / (1 - p)) of the largest softmax probability p.
 
-    It orders items as the paper's maximum softmax does (section 1.3), and goes on telling them apart
+    It orders items as the paper's maximum softmax does, and goes on telling them apart
     where the probability has rounded to 1.
 
     Args:
@@ -19,8 +18,3 @@ def log_odds(logits: Float[Tensor, "items classes"]) -> Float[Tensor, " items"]:
     """
     ordered = logits.double().sort(dim=-1, descending=True).values
     return ordered[:, 0] - ordered[:, 1:].logsumexp(dim=-1)
-
-
-def max_probability(logits: Float[Tensor, "items classes"]) -> Float[Tensor, " items"]:
-    """The largest softmax probability, the paper's confidence."""
-    return torch.sigmoid(log_odds(logits))

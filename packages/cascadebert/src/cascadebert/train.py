@@ -6,21 +6,22 @@ where it stopped.
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from octavo import tiny
 from octavo.errors import ConfigError
 from octavo.models import load_config, load_model, load_tokenizer, save_model
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, seed_everything
-from octavo.training import TrainOptions, discard_checkpoints, fit
+from octavo.training import TrainOptions, check, discard_checkpoints, fit
 
-from cascadebert.cascade import MANIFEST, longest, manifest
+from cascadebert.cascade import MANIFEST, longest
 from cascadebert.config import TrainConfig
 from cascadebert.data import Examples, label_names
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -56,15 +57,47 @@ def train_cascade(
         ModelError: a model cannot be had, or is no encoder for classification.
         DataError: fewer than two labels.
     """
-    rates = _one_each(config.learning_rate, config.model, "--learning-rate")
-    passes = _one_each(config.epochs, config.model, "--epochs")
     labels = label_names(examples, config.train_data)
     names = [f"stage-{number + 1}" for number in range(len(config.model))]
-    for name, source, rate, epochs in zip(names, config.model, rates, passes, strict=True):
+    runtime.wait_for_everyone()  # before asking what is there already
+    for name, source, options in zip(names, config.model, _options(config), strict=True):
         if (run.path / name).is_dir():
             log.info("%s is trained already", name)
             continue
-        options = TrainOptions(
+        log.info("%s: fine-tuning %s on %d rows", name, source, len(examples))
+        _train_stage(name, source, examples, labels, options, config, run, runtime)
+    run.write_json(MANIFEST, {"stages": names, "labels": labels, "max_length": config.max_length})
+    return labels
+
+
+def check_models(config: TrainConfig) -> None:
+    """Find out before anything is written whether the models can be had.
+
+    Raises:
+        ConfigError: fewer than two models, settings that do not match their number or are out of
+            range, or a model that lies in the folder that is written to.
+        ModelError: a model cannot be had.
+    """
+    if len(config.model) < 2:
+        raise ConfigError("--model: a cascade needs two models or more, smallest first")
+    if config.max_length < 4:
+        raise ConfigError(f"--max-length {config.max_length}: must be 4 or more")
+    for options in _options(config):
+        check(options)
+    for source in config.model:
+        if source.startswith(SCRATCH):
+            _shape(source, config)
+            continue
+        if Path(source).resolve().is_relative_to(config.out.resolve()):
+            raise ConfigError(f"--model {source}: lies in --out, which is written to")
+        load_config(source)
+        load_tokenizer(source)
+
+
+def _options(config: TrainConfig) -> list[TrainOptions]:
+    """The optimisation of each stage."""
+    return [
+        TrainOptions(
             learning_rate=rate,
             epochs=epochs,
             batch_size=config.batch_size,
@@ -73,28 +106,12 @@ def train_cascade(
             save_every=config.save_every,
             report_to=config.report_to,
         )
-        log.info("%s: fine-tuning %s on %d rows", name, source, len(examples))
-        _train_stage(name, source, examples, labels, options, config, run, runtime)
-    run.write_json(MANIFEST, manifest(names, labels, config.max_length))
-    return labels
-
-
-def check_models(config: TrainConfig) -> None:
-    """Find out before anything is written whether the models can be had.
-
-    Raises:
-        ConfigError: fewer than two models, or settings that do not match their number.
-        ModelError: a model cannot be had.
-    """
-    if len(config.model) < 2:
-        raise ConfigError("--model: a cascade needs two models or more, smallest first")
-    _one_each(config.learning_rate, config.model, "--learning-rate")
-    _one_each(config.epochs, config.model, "--epochs")
-    for source in config.model:
-        if source.startswith(SCRATCH):
-            _shape(source, config)
-        else:
-            load_config(source)
+        for rate, epochs in zip(
+            _one_each(config.learning_rate, config.model, "--learning-rate"),
+            _one_each(config.epochs, config.model, "--epochs"),
+            strict=True,
+        )
+    ]
 
 
 def _shape(source: str, config: TrainConfig) -> tiny.Shape:
@@ -140,6 +157,8 @@ def _train_stage(
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
+        problem_type="single_label_classification",
+        dtype=torch.float32,  # whatever the checkpoint's: half precision is for the forward pass
     )
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -169,7 +188,7 @@ def _collator(tokenizer: "PreTrainedTokenizerBase"):
 
     pad = DataCollatorWithPadding(tokenizer)
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, "Tensor"]:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return dict(pad(rows))
 
     return collate

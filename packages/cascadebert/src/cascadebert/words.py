@@ -18,6 +18,9 @@ from cascadebert.data import Examples
 #: Share of each number of syllables, 1 to 5 and more, as in an English dictionary.
 SHARES = (0.13, 0.47, 0.27, 0.10, 0.03)
 
+#: Words at the most; far fewer than there are spellings of one syllable for their share.
+MOST = 200_000
+
 ONSETS = (
     "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr ph pl pr qu sc sh sk sl sm "
     "sn sp st sw th tr tw wh str spr thr"
@@ -40,13 +43,14 @@ def generate_words(count: int, seed: int = 0, longest: int = 13) -> Examples:
         longest: letters at the most.
 
     Raises:
-        ConfigError: fewer than one word is wanted.
+        ConfigError: none is wanted, or more than there are.
     """
-    if count < 1:
-        raise ConfigError(f"--size {count}: must be 1 or more")
+    if not 1 <= count <= MOST:
+        raise ConfigError(f"{count} words: must be from 1 to {MOST}")
     source = random.Random(seed)
+    want = [round(count * share) for share in SHARES]
+    want[1] += count - sum(want)  # what rounding left goes to the largest class
     made: set[str] = set()
-    want = [max(1, round(count * share)) for share in SHARES]
     kept: list[tuple[str, int]] = []
     for number, share in enumerate(want, 1):
         found = 0
@@ -58,7 +62,6 @@ def generate_words(count: int, seed: int = 0, longest: int = 13) -> Examples:
                 kept.append((word, number))
                 found += 1
     source.shuffle(kept)
-    kept = kept[:count]
     return Examples([word for word, _ in kept], labels=[str(number) for _, number in kept])
 
 
@@ -72,6 +75,9 @@ def write_words(folder: Path, sizes: Sequence[tuple[str, int]], seed: int = 0) -
     """
     import json
 
+    for name, size in sizes:
+        if size < 1:
+            raise ConfigError(f"--{name} {size}: must be 1 or more")
     words = generate_words(sum(size for _, size in sizes), seed)
     rows = list(zip(words.texts, words.labels or [], strict=True))
     with atomic(folder) as temporary:
