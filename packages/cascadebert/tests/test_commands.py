@@ -302,7 +302,7 @@ def bad_inputs(words, calibrated, tmp_path):
                           "--train-data", words, "--out", calibrated, "--overwrite"],
         "--train 0: must be 1 or more": ["words", "--out", tmp_path / "w", "--train", 0,
                                         "--dev", 0, "--test", 0],
-        "one.csv: nothing can be written": ["words", "--out", tmp_path / "one.csv" / "w"],
+        "one.csv/w: nothing can be written": ["words", "--out", tmp_path / "one.csv" / "w"],
     }  # fmt: skip
 
 
