@@ -8,7 +8,6 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export OCTAVO_CACHE := $(CURDIR)/.cache/octavo
 export PYRIGHT_PYTHON_CACHE_DIR := $(CURDIR)/.cache/pyright
 export UV_PYTHON_DOWNLOADS := never
-export UV_COMPILE_BYTECODE := 1
 
 # uv from the PATH, or from the package index into .cache/
 UV := $(or $(shell command -v uv),$(CURDIR)/.cache/uv/bin/uv)
@@ -25,7 +24,8 @@ help:  ## list the targets
 setup: $(UV)  ## install everything into .venv/ (2 to 3 GB of downloads the first time)
 	@git config filter.portable-lock.clean 'python3 .ci/lock.py clean' 2>/dev/null || true
 	@git config filter.portable-lock.required true 2>/dev/null || true
-	@$(UV) sync --quiet --all-packages --group dev
+	@$(UV) sync --quiet --all-packages --group dev $(if $(wildcard .venv/compiled),,--compile-bytecode)
+	@touch .venv/compiled
 	@# git takes a file of another size for changed; staging the lock in step shows it the same
 	@python3 .ci/lock.py check 2>/dev/null && git add uv.lock 2>/dev/null || true
 

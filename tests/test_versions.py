@@ -116,7 +116,7 @@ def test_forbidden_words_are_found(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "a simple https://example.org/page/simplest",
+        "a simple https:" + "//example.org/page/simplest",
         "/some/where/clone-of-it and /else/some/where/clone",
         'registry = "index"',
         'url = "/packages/files.txt"',

@@ -1,4 +1,5 @@
 import base64
+import os
 import re
 import shutil
 import subprocess
@@ -85,7 +86,7 @@ def visit(page, folder):
          "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
          f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr",
          "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(folder)},
     )  # fmt: skip
     messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     asked = re.findall(
