@@ -52,7 +52,7 @@ lint: setup  ## ruff format check, ruff, pyright
 	@.venv/bin/pyright
 
 bench: setup  ## run each package's benchmarks and write benchmarks/results/
-	@for script in packages/$(PACKAGE)/benchmarks/bench_*.py; do $(PYTHON) $$script || exit 1; done
+	@shopt -s nullglob; for script in packages/$(PACKAGE)/benchmarks/bench_*.py; do $(PYTHON) $$script || exit 1; done
 
 docs: setup  ## API pages from the docstrings, into docs/
 	@.venv/bin/pdoc --docformat google --output-directory docs $(notdir $(wildcard shared/src/* packages/*/src/*))

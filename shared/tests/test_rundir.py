@@ -58,12 +58,16 @@ def test_a_crashed_run_is_resumed_by_the_same_options_only(tmp_path):
         file.write('{"step": 2, "lo')
     (run.path / ".part.123.tmp").write_text("half")
     (run.path / ".folder.123.tmp").mkdir()
+    (run.path / ".model.123.old.tmp").mkdir()
     with pytest.raises(ConfigError, match=r"other options \(--seed\); use the same to resume"):
         RunDir.open(tmp_path / "run", {"seed": 2})
     again = RunDir.open(tmp_path / "run", {"seed": 1, "device": "cpu"})
     assert again.resumed
     assert again.metrics() == [{"step": 1}]
-    assert files(again.path) == ["config.yaml", "environment.json", "metrics.jsonl"]
+    assert files(again.path) == ["config.yaml", "environment.json", "metrics.jsonl", "model"]
+    again.log(step=2)
+    again.forget(lambda line: line["step"] < 2)
+    assert again.metrics() == [{"step": 1}]
 
 
 def test_other_folders_are_never_touched(tmp_path):

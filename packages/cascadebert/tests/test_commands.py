@@ -85,6 +85,19 @@ def test_plain_sentences_csv_and_pairs(calibrated, command, tmp_path):
         assert len(answers(out)) == count
 
 
+def test_a_split_of_a_folder_is_chosen(calibrated, words, command, tmp_path):
+    asked = ["predict", "--model", calibrated, "--data", words, "--out", tmp_path / "a.jsonl"]
+    code, _, err = command(*asked)
+    assert (code, "name one of them: dev, test, train" in err) == (2, True)
+    code, _, err = command(*asked, "--split", "dev")
+    assert code == 0, err
+    assert len(answers(tmp_path / "a.jsonl")) == 300
+    code, _, err = command(
+        "evaluate", "--model", calibrated, "--test-data", words, "--split", "dev"
+    )
+    assert (code, "the policy was calibrated on" in err) == (2, True)
+
+
 def test_an_empty_file_has_no_answers(calibrated, command, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     code, _, _ = command("predict", "--model", calibrated, "--data", tmp_path / "empty.txt",

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -156,9 +156,7 @@ class RunDir:
             path.rename(aside)
         run = cls(path, resumed, aside)
         if resumed:
-            for leftover in path.glob(".*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            run._mend_metrics()
+            run._mend()
         else:
             text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
             write_text(path / CONFIG, text)
@@ -229,8 +227,22 @@ class RunDir:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         return [json.loads(line) for line in lines]
 
-    def _mend_metrics(self) -> None:
-        """Drop the last line if a kill cut it off."""
+    def forget(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the lines of `metrics.jsonl` that a resumed training will write again (rank 0 alone)."""
+        if (
+            is_main()
+            and (kept := [line for line in self.metrics() if keep(line)]) != self.metrics()
+        ):
+            write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _mend(self) -> None:
+        """Clear away what a kill left half done."""
+        for old in self.path.glob(".*.old.tmp"):  # killed between the two renames of a folder
+            final = self.path / old.name[1:].rsplit(".", 3)[0]
+            if not final.exists():
+                old.rename(final)
+        for leftover in self.path.glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         file = self.path / METRICS
         if file.exists():
             whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")

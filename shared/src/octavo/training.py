@@ -156,6 +156,8 @@ def fit(
     trainer.add_callback(_reporter(run, name))
     trainer.accelerator.wait_for_everyone()
     checkpoint = last_checkpoint(folder)
+    reached = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    run.forget(lambda line: line.get("training") != name or line.get("step", 0) <= reached)
     if checkpoint:
         log.info("%s: resumed at %s", name, checkpoint.name)
     with quiet_library():
