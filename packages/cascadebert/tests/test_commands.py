@@ -101,6 +101,9 @@ def test_a_split_of_a_folder_is_chosen(calibrated, words, command, tmp_path):
 def test_an_empty_file_has_no_answers(calibrated, command, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     code, _, _ = command("predict", "--model", calibrated, "--data", tmp_path / "empty.txt",
+                         "--out", tmp_path / "new" / "out.jsonl")  # fmt: skip
+    assert code == 0
+    code, _, _ = command("predict", "--model", calibrated, "--data", tmp_path / "empty.txt",
                          "--out", tmp_path / "out.jsonl")  # fmt: skip
     assert code == 0
     assert (tmp_path / "out.jsonl").read_text() == ""
@@ -139,15 +142,21 @@ def test_prediction_begins_anew_when_answered_rows_change(calibrated, command, t
     source.write_text("\n".join([*rows, "broken", ""]))
     words = ["predict", "--model", calibrated, "--data", source, "--out", out, "--chunk", 2]
     assert command(*words)[0] == 2
-    source.write_text("\n".join([rows[3], *rows[1:], ""]))
-    code, _, err = command(*words)
-    assert code == 0
-    assert "begun anew" in err
-    resumed = answers(out)
-    out.unlink()
-    assert command(*words)[0] == 0
-    assert answers(out) == resumed
-    assert len(resumed) == 4
+    begun = {path: path.read_text() for path in tmp_path.glob(".out*")}
+    assert len(begun) == 2
+    for changed in ([rows[3], *rows[1:]], rows[:1], [], [rows[1], rows[0], *rows[2:]]):
+        for path, content in begun.items():
+            path.write_text(content)
+        source.write_text("".join(row + "\n" for row in changed))
+        code, _, err = command(*words)
+        assert code == 0
+        assert "begun anew" in err
+        resumed = answers(out)
+        out.unlink()
+        assert command(*words)[0] == 0
+        assert answers(out) == resumed
+        assert len(resumed) == len(changed)
+        out.unlink()
 
 
 def test_a_started_answer_file_of_other_options_is_begun_anew(calibrated, command, tmp_path):

@@ -61,16 +61,15 @@ def predict_file(
         "dtype": str(next(cascade.stages[0].model.parameters()).dtype),
         "chunk": chunk,
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     done = _resume(partial, progress, belongs)
     exits = np.array(done["exits"] or [0] * len(cascade.stages))
-    seen = hashlib.sha256()
+    seen, number = hashlib.sha256(), -1
     for number, examples in enumerate(stream_examples(source, config, chunk)):
         seen.update("\0".join([*examples.texts, *(examples.pairs or [])]).encode())
         if number < done["chunks"]:
             if number == done["chunks"] - 1 and seen.hexdigest() != done["seen"]:
-                log.info("the rows answered so far have changed: begun anew")
-                partial.unlink()
-                return predict_file(cascade, policy, source, out, config, chunk)
+                break
             continue
         answers = cascade.predict(examples, policy.threshold)
         lines = [
@@ -81,7 +80,6 @@ def predict_file(
         ]
         exits = exits + np.bincount(answers.stages.numpy(), minlength=len(cascade.stages))
         try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
                 file.flush()
@@ -96,8 +94,11 @@ def predict_file(
         }
         write_json(progress, belongs | done)
         log.info("%d texts answered", exits.sum())
-    if not partial.exists():
-        partial.touch()  # no row at all
+    if done["chunks"] and (number + 1 < done["chunks"] or seen.hexdigest() != done["seen"]):
+        log.info("the rows answered so far have changed: begun anew")
+        partial.unlink()
+        return predict_file(cascade, policy, source, out, config, chunk)
+    partial.touch()  # for a source without rows
     partial.replace(out)
     progress.unlink(missing_ok=True)
     return exits.tolist()
