@@ -8,7 +8,7 @@ from .cost import stage_cost as stage_cost
 from .data import Examples as Examples
 from .data import load_examples as load_examples
 from .evaluate import compare as compare
-from .evaluate import dis as dis
+from .metrics import dis as dis
 from .policy import Policy as Policy
 from .policy import fit_policy as fit_policy
 from .policy import sweep as sweep

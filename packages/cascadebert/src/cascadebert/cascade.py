@@ -5,81 +5,30 @@ names. Survivors are pooled: a stage sees all items deferred to it at once, sort
 the large model's batches are as full as the small one's.
 """
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
+import numpy as np
 import torch
-from octavo import console
 from octavo.errors import ConfigError, DataError, ModelError
-from octavo.models import load_model, load_tokenizer
 from octavo.runtime import Runtime
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from cascadebert.config import CostKind
-from cascadebert.cost import StageCost, stage_cost
-from cascadebert.data import Examples
-from cascadebert.policy import Policy, exit_stage, fit_policy
-from cascadebert.scores import log_odds
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from cascadebert.config import Backend, CalibrateConfig, CostKind
+from cascadebert.cost import StageCost
+from cascadebert.data import Examples, encoded_hashes
+from cascadebert.metrics import fit_temperature
+from cascadebert.policy import Policy, fit_policy
+from cascadebert.scores import fit_head, log_odds
+from cascadebert.stage import Encoded, Stage, load_stage
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "cascade.json"
-
-
-@dataclass
-class Stage:
-    """One complete model.
-
-    Attributes:
-        name: where it came from.
-        model: a sequence classifier in evaluation mode.
-        tokenizer: its own.
-        labels: the cascade's label names.
-        classes: for each of these, the model's own class number.
-        max_length: tokens after which a text is cut.
-        weights: hash of its weights.
-    """
-
-    name: str
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    labels: list[str]
-    classes: list[int]
-    max_length: int
-    weights: str
-
-    def encode(self, examples: Examples) -> list[dict[str, list[int]]]:
-        """Token ids and masks of each example, cut to the stage's length, not padded."""
-        batch = self.tokenizer(
-            examples.texts,
-            examples.pairs,
-            truncation=True,
-            max_length=self.max_length,
-        )
-        names = list(batch.keys())
-        return [
-            dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-
-    def pad(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Rows as tensors [rows, longest], padded on the tokenizer's side."""
-        side = self.tokenizer.padding_side
-        fill = {"input_ids": int(self.tokenizer.pad_token_id or 0)}  # pyright: ignore
-        return {
-            key: pad_sequence(
-                [torch.tensor(row[key]) for row in rows], True, fill.get(key, 0), side
-            )
-            for key in rows[0]
-        }
 
 
 @dataclass
@@ -89,19 +38,27 @@ class Predictions:
     Attributes:
         labels: label names, one an item.
         stages: the stage that answered, from 0, [items] of int64.
-        scores: its log-odds, [items] of float64.
-        logits: its logits in the order of the cascade's labels, [items, classes] of float32.
+        scores: log-odds of its answer, [items] of float64.
+        logits: its logits over its temperature, in the order of the cascade's labels,
+            [items, classes] of float32.
+        truncated: whether the text was longer than the stage takes, [items] of bool.
     """
 
     labels: list[str]
     stages: Tensor
     scores: Tensor
     logits: Tensor
+    truncated: Tensor
 
     @property
     def confidence(self) -> Tensor:
         """Softmax probability of each answer."""
         return torch.sigmoid(self.scores)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Softmax probabilities of all classes, [items, classes]."""
+        return self.logits.softmax(dim=-1)
 
 
 class Cascade:
@@ -111,22 +68,30 @@ class Cascade:
         stages: smallest first.
         labels: their common label names, in the cascade's order.
         batch_tokens: tokens in a batch, padding included.
+        pairs: whether it was trained on pairs of texts; None where that is unknown.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], labels: Sequence[str], batch_tokens: int = 8192
+        self,
+        stages: Sequence[Stage],
+        labels: Sequence[str],
+        batch_tokens: int = 8192,
+        pairs: bool | None = None,
     ) -> None:
         self.stages = list(stages)
         self.labels = list(labels)
         self.batch_tokens = batch_tokens
+        self.pairs = pairs
 
     @classmethod
     def from_pretrained(
         cls,
-        models: Sequence[str | Path],
+        models: Sequence[str | Path] | str | Path,
         *,
         max_length: int | None = None,
         batch_tokens: int = 8192,
+        backend: Backend = "torch",
+        allow_partial: bool = False,
         runtime: Runtime = Runtime(),
     ) -> "Cascade":
         """Load a trained cascade's folder, or fine-tuned classifiers from small to large.
@@ -137,10 +102,12 @@ class Cascade:
             max_length: tokens after which a text is cut; each model's own limit, or what it was
                 trained with, where that is None.
             batch_tokens: tokens in a batch, padding included.
+            backend: what runs the models: torch, compile, onnx or onnx-int8.
+            allow_partial: load checkpoints although weights are missing or unused.
             runtime: device and precision.
 
         Raises:
-            ConfigError: a length is too small.
+            ConfigError: a length is too small, or a backend is not installed.
             ModelError: a model cannot be had, its checkpoint lacks a weight or has one too many, or
                 the models' label names differ.
         """
@@ -148,7 +115,8 @@ class Cascade:
             raise ConfigError(f"--batch-tokens {batch_tokens}: must be 1 or more")
         if max_length is not None and max_length < 4:
             raise ConfigError(f"--max-length {max_length}: must be 4 or more")
-        sources, labels = [str(model) for model in models], None
+        given = [models] if isinstance(models, str | Path) else list(models)
+        sources, labels, pairs = [str(model) for model in given], None, None
         if len(sources) == 1:
             folder = Path(sources[0]).expanduser()
             manifest = folder / MANIFEST
@@ -162,32 +130,36 @@ class Cascade:
                 sources = [str(folder / stage) for stage in content["stages"]]
                 labels = [str(label) for label in content["labels"]]
                 max_length = max_length or int(content["max_length"])
+                pairs = bool(content["pairs"]) if "pairs" in content else None
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{manifest}: not a cascade's description ({error})") from None
-        device, dtype = runtime.torch_device(), runtime.torch_dtype()
         stages: list[Stage] = []
         for source in sources:
-            stage = _load_stage(source, labels, max_length, dtype)
-            stage.model.to(device)  # pyright: ignore[reportArgumentType]
+            stage = load_stage(source, labels, max_length, backend, allow_partial, runtime)
             labels = labels or stage.labels
             stages.append(stage)
-        return cls(stages, labels or [], batch_tokens)
+        return cls(stages, labels or [], batch_tokens, pairs)
 
     @property
     def hashes(self) -> list[str]:
         """Hash of each stage's weights, by which a policy knows its models."""
         return [stage.weights for stage in self.stages]
 
+    @property
+    def backend(self) -> str:
+        """What computes the logits, with its precision, by which a policy knows its confidences."""
+        return self.stages[0].backend
+
     def lengths(self, examples: Examples, sample: int = 2000) -> list[int]:
         """Tokens of a typical example at each stage, special ones included."""
         some = examples.at(range(min(sample, len(examples))))
-        tokens = [[len(row["input_ids"]) for row in stage.encode(some)] for stage in self.stages]
-        return [max(1, round(sum(counts) / len(counts))) for counts in tokens]
+        means = [np.mean(stage.encode(some).lengths) for stage in self.stages]
+        return [max(1, round(float(mean))) for mean in means]
 
-    def costs(self, lengths: Sequence[int]) -> list[StageCost]:
-        """What an item of so many tokens costs at each stage."""
+    def costs(self, lengths: Sequence[int], measured: bool = False) -> list[StageCost]:
+        """What an item of so many tokens costs at each stage; with its latency where `measured`."""
         return [
-            stage_cost(stage.model, length)
+            stage.cost(length, self.batch_tokens if measured else 0)
             for stage, length in zip(self.stages, lengths, strict=True)
         ]
 
@@ -204,6 +176,17 @@ class Cascade:
             known = ", ".join(self.labels)
             raise DataError(f"label {error} is not one of the model's: {known}") from None
 
+    def check(self, examples: Examples) -> None:
+        """Refuse single texts for a pair task, and pairs for one of single texts.
+
+        Raises:
+            DataError: they do not fit.
+        """
+        if self.pairs is True and examples.pairs is None:
+            raise DataError("these models were trained on pairs of texts; name the --pair-column")
+        if self.pairs is False and examples.pairs is not None:
+            raise DataError("these models were trained on single texts; leave --pair-column away")
+
     def logits(self, number: int, examples: Examples) -> Tensor:
         """One stage's logits on all examples.
 
@@ -214,131 +197,161 @@ class Cascade:
         Returns:
             [items, classes] of float32 on the CPU, in the order of the cascade's labels.
         """
-        stage = self.stages[number]
-        rows = stage.encode(examples)
-        result = torch.empty(len(rows), len(self.labels))
-        device = next(stage.model.parameters()).device
-        name = f"stage {number + 1} of {len(self.stages)}"
-        with torch.inference_mode(), console.counter(name, len(rows), "texts") as advance:
-            for batch in _batches([len(row["input_ids"]) for row in rows], self.batch_tokens):
-                inputs = stage.pad([rows[i] for i in batch])
-                inputs = {key: value.to(device) for key, value in inputs.items()}
-                output = stage.model(**inputs).logits
-                result[batch] = output[:, stage.classes].float().cpu()
-                advance(len(batch))
-        if not result.isfinite().all():
-            raise ModelError(f"{stage.name}: gives logits that are not finite; train it again")
-        return result
+        self.check(examples)
+        return self._run(number, self.stages[number].encode(examples))
 
-    def predict(self, examples: Examples, threshold: float) -> Predictions:
+    def _run(self, number: int, rows: Encoded) -> Tensor:
+        name = f"stage {number + 1} of {len(self.stages)}"
+        return self.stages[number].run(rows, self.batch_tokens, name)
+
+    def predict(self, examples: Examples, policy: Policy, pool: int = 0) -> Predictions:
         """Answer each example at the first stage that is certain enough.
 
         Args:
-            examples: any number of them, one or more.
-            threshold: in log-odds, as in `Policy.threshold`.
+            examples: any number of them.
+            policy: the thresholds.
+            pool: how many items are pooled at a time, so that survivors of all of them share the
+                large model's batches; 0 for all. The answers are the same.
         """
+        self.check(examples)
+        if pool and len(examples) > pool:
+            starts = range(0, len(examples), pool)
+            parts = [
+                self.predict(examples.at(range(i, min(i + pool, len(examples)))), policy)
+                for i in starts
+            ]
+            return _joined(parts)
         alive = torch.arange(len(examples))
-        logits = torch.empty(len(examples), len(self.labels))
+        logits = torch.zeros(len(examples), len(self.labels))
         stages = torch.zeros(len(examples), dtype=torch.long)
-        for number in range(len(self.stages)):
-            last = number == len(self.stages) - 1
-            here = self.logits(number, examples.at(alive.tolist()))
-            leave = torch.ones(len(alive)) > 0 if last else log_odds(here) > threshold
-            logits[alive[leave]] = here[leave]
-            stages[alive[leave]] = number
-            alive = alive[~leave]
+        truncated = torch.zeros(len(examples), dtype=torch.bool)
+        rows: Encoded | None = None
+        for number, stage in enumerate(self.stages):
             if len(alive) == 0:
                 break
-        names = [self.labels[number] for number in logits.argmax(dim=-1).tolist()]
-        return Predictions(names, stages, log_odds(logits), logits)
+            same = rows is not None and number > 0 and stage.reads_like(self.stages[number - 1])
+            if rows is None or not same:
+                rows = stage.encode(examples.at(alive.tolist()))
+            here = self._run(number, rows)
+            leave = policy.leaves(number, here)
+            gone = alive[leave]
+            logits[gone] = here[leave] / policy.temperature(number)
+            stages[gone] = number
+            truncated[gone] = torch.tensor(rows.truncated, dtype=torch.bool)[leave]
+            rows = rows.at((~leave).nonzero()[:, 0].tolist())
+            alive = alive[~leave]
+        return _predictions(self.labels, stages, logits, truncated)
 
-    def calibrate(
-        self, examples: Examples, target_speedup: float, cost: CostKind = "flops"
-    ) -> Policy:
-        """Choose the threshold for a wanted speed-up on these labelled examples.
-
-        Raises:
-            ConfigError: it is out of reach; the message names the ceiling.
-        """
-        lengths = self.lengths(examples)
-        policy = fit_policy(
-            [self.logits(number, examples) for number in range(len(self.stages))],
-            self.class_numbers(examples),
-            [price.of(cost) for price in self.costs(lengths)],
-            target_speedup,
-            cost,
-        )
-        calibration = {"rows": len(examples), "hash": examples.fingerprint(), "lengths": lengths}
-        return replace(policy, models=self.hashes, calibration=calibration)
-
-    def run_all(self, examples: Examples, threshold: float) -> Predictions:
+    def run_all(self, examples: Examples, policy: Policy) -> Predictions:
         """The same answers by running every stage on everything, as the authors' code does."""
         everything = [self.logits(number, examples) for number in range(len(self.stages))]
-        stages = exit_stage([log_odds(logits) for logits in everything[:-1]], threshold)
-        logits = torch.stack(everything)[stages, torch.arange(len(examples))]
-        names = [self.labels[number] for number in logits.argmax(dim=-1).tolist()]
-        return Predictions(names, stages, log_odds(logits), logits)
+        return self.decide(everything, policy)
 
+    def decide(self, everything: Sequence[Tensor], policy: Policy) -> Predictions:
+        """The answers that given logits of all stages on all items lead to.
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like lengths, each within the token budget when padded, longest first."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
+        Args:
+            everything: of each stage, [items, classes].
+            policy: the thresholds.
+        """
+        leave = torch.stack([policy.leaves(i, here) for i, here in enumerate(everything)])
+        stages = leave.int().argmax(dim=0)
+        scaled = [here / policy.temperature(i) for i, here in enumerate(everything)]
+        logits = torch.stack(scaled)[stages, torch.arange(len(stages))]
+        nothing_known = torch.zeros(len(stages), dtype=torch.bool)
+        return _predictions(self.labels, stages, logits, nothing_known)
 
+    def calibrate(
+        self,
+        examples: Examples,
+        target_speedup: float | None = None,
+        *,
+        config: CalibrateConfig | None = None,
+        cost: CostKind = "flops",
+    ) -> Policy:
+        """Choose thresholds for a wanted speed-up, or what else `config` names, on held-out examples.
 
-def _load_stage(
-    source: str, labels: Sequence[str] | None, max_length: int | None, dtype: torch.dtype
-) -> Stage:
-    from transformers import AutoModelForSequenceClassification
+        The learned score is fitted on every second example, the thresholds on the others.
 
-    model = load_model(AutoModelForSequenceClassification, source, dtype="auto")
-    weights = hash_weights(model)  # as stored, so that a policy holds in any precision
-    model.to(dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    tokenizer = load_tokenizer(source)
-    if (model.config.num_labels or 0) < 2:
-        raise ModelError(f"{source}: a regression head has no confidence; needs two labels or more")
-    named = {int(number): str(name) for number, name in (model.config.id2label or {}).items()}
-    if all(name == f"LABEL_{number}" for number, name in named.items()):
-        named = {number: str(number) for number in named}  # the library's stand-in for no names
-    names = {name: number for number, name in named.items()}
-    if labels is not None and set(names) != set(labels):
-        raise ModelError(
-            f"{source}: its labels ({', '.join(names)}) are not those of the first stage "
-            f"({', '.join(labels)}); set id2label in its config.json to the same names"
+        Args:
+            examples: labelled; without labels for a speed-up, a budget or the risk of disagreement.
+            target_speedup: over the last stage alone.
+            config: all other targets, the score, temperatures, the unit of cost.
+            cost: the unit of the target, where no `config` names it.
+
+        Raises:
+            ConfigError: the target is out of reach, or needs labels; the message says which.
+        """
+        config = config or CalibrateConfig(dev_data="", cost=cost, target_speedup=target_speedup)
+        lengths = self.lengths(examples)
+        costs = self.costs(lengths, measured=True)
+        everything = [self.logits(number, examples) for number in range(len(self.stages))]
+        labels = self.class_numbers(examples) if examples.labels is not None else None
+        if labels is None and (config.temperature or config.score == "learned"):
+            what = "--temperature" if config.temperature else "--score learned"
+            raise ConfigError(f"{what}: needs labels")
+        form = Policy([], config.score)
+        if config.temperature and labels is not None:
+            fitted = [fit_temperature(here, labels) for here in everything]
+            form = replace(form, temperatures=fitted)
+        fitting = slice(0, len(examples))
+        if config.score == "learned" and labels is not None:
+            truth = torch.tensor(labels)
+            half = [here[1::2] / form.temperature(i) for i, here in enumerate(everything[:-1])]
+            right = [(here.argmax(dim=-1) == truth[1::2]).tolist() for here in half]
+            heads = [dict(fit_head(*pair)) for pair in zip(half, right, strict=True)]
+            form, fitting = replace(form, heads=heads), slice(0, len(examples), 2)
+        targets = (config.target_speedup, config.min_accuracy, config.max_cost, config.max_risk)
+        nothing_asked = all(target is None for target in targets)
+        policy = fit_policy(
+            [here[fitting] for here in everything],
+            None if labels is None else labels[fitting],
+            [price.of(config.cost) for price in costs],
+            3.0 if nothing_asked else config.target_speedup,
+            min_accuracy=config.min_accuracy,
+            max_cost=config.max_cost,
+            max_risk=config.max_risk,
+            risk=config.risk,
+            method=config.method,
+            delta=config.delta,
+            separate=config.separate,
+            form=form,
+            cost=config.cost,
         )
-    labels = list(labels or names)
-    limit = longest(model, tokenizer)
-    return Stage(
-        name=Path(source).name,
-        model=model.eval(),
-        tokenizer=tokenizer,
-        labels=labels,
-        classes=[names[label] for label in labels],
-        max_length=min(max_length or limit, limit),
-        weights=weights,
+        first = policy.score_of(0, everything[0]).double()
+        deciles = first.quantile(torch.linspace(0.1, 0.9, 9, dtype=torch.float64)).tolist()
+        calibration = {
+            "rows": len(examples),
+            "labelled": labels is not None,
+            "lengths": lengths,
+            "deciles": deciles,
+            "hash": examples.fingerprint(),
+            "row_hashes": encoded_hashes(examples),
+        }
+        return replace(
+            policy,
+            costs={unit: [price.of(unit) for price in costs] for unit in get_args(CostKind)},
+            models=self.hashes,
+            backend=self.backend,
+            calibration=calibration,
+        )
+
+
+def _predictions(
+    labels: Sequence[str], stages: Tensor, logits: Tensor, truncated: Tensor
+) -> Predictions:
+    names = [labels[number] for number in logits.argmax(dim=-1).tolist()]
+    return Predictions(names, stages, log_odds(logits), logits, truncated)
+
+
+def _joined(parts: Sequence[Predictions]) -> Predictions:
+    return Predictions(
+        [label for part in parts for label in part.labels],
+        torch.cat([part.stages for part in parts]),
+        torch.cat([part.scores for part in parts]),
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.truncated for part in parts]),
     )
-
-
-def longest(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Tokens that fit into a model, by its positions and its tokenizer."""
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
-        positions -= config.pad_token_id + 1  # these count positions from behind the padding id
-    return int(min(positions, tokenizer.model_max_length))
-
-
-def hash_weights(model: "PreTrainedModel") -> str:
-    """A hash of a model's weights, whatever file they came from."""
-    total = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        total.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        total.update(weight.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
-    return total.hexdigest()
 
 
 def single(cascade: Cascade, number: int) -> Cascade:
@@ -349,4 +362,4 @@ def single(cascade: Cascade, number: int) -> Cascade:
     """
     if not 0 <= number < len(cascade.stages):
         raise ConfigError(f"there is no stage {number + 1} of {len(cascade.stages)}")
-    return Cascade([cascade.stages[number]], cascade.labels, cascade.batch_tokens)
+    return Cascade([cascade.stages[number]], cascade.labels, cascade.batch_tokens, cascade.pairs)

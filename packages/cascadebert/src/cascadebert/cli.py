@@ -10,10 +10,19 @@ from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
 from octavo.runtime import Runtime
 
-from cascadebert.config import CalibrateConfig, CascadeConfig, DataConfig, TrainConfig
+from cascadebert.config import (
+    BaselineConfig,
+    CalibrateConfig,
+    CascadeConfig,
+    DataConfig,
+    DifficultyConfig,
+    TrainConfig,
+    with_preset,
+)
 
 if TYPE_CHECKING:
     from cascadebert.cascade import Cascade
+    from cascadebert.policy import Policy
 
 app = make_app(
     "cascadebert",
@@ -35,6 +44,7 @@ def train(
     from cascadebert.train import check_models, train_cascade
 
     runtime.start()
+    config = with_preset(config)
     check_models(config)
     examples = load_examples(config.train_data, data, split="train")
     options = options_of(config, data, runtime)
@@ -51,13 +61,79 @@ def train(
 
 
 @app.command
+def difficulty(
+    config: Flat[DifficultyConfig],
+    data: Flat[DataConfig] = DataConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Measure how difficult each training row is, by models that did not see it."""
+    from octavo.rundir import RunDir, options_of
+    from octavo.training import check
+
+    from cascadebert.data import label_names, load_examples
+    from cascadebert.difficulty import build_difficulty, check_folds
+    from cascadebert.finetune import check_fit, train_options
+
+    runtime.start()
+    (options,) = train_options(config)
+    check(options)
+    check_fit(config, config.model, config.out)
+    examples = load_examples(config.train_data, data, split="train")
+    check_folds(config, len(examples))
+    labels = label_names(examples, config.train_data)
+    with RunDir.open(config.out, options_of(config, data, runtime), config.overwrite) as run:
+        levels = build_difficulty(
+            config.model, examples, labels, options, config, config, run, "difficulty", runtime
+        )
+    rows = [
+        {"level": level, "rows": levels.count(level), "%": 100 * levels.count(level) / len(levels)}
+        for level in sorted(set(levels))
+    ]
+    file = config.out / "difficulty" / "difficulty.jsonl"
+    return Outcome({f"Difficulty of {len(levels)} rows": rows}, note=f"Levels: {file}")
+
+
+@app.command
+def baseline(
+    config: Flat[BaselineConfig],
+    data: Flat[DataConfig] = DataConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Train an early-exit rival on one backbone: two-stage (DeeBERT) or joint (BERxiT, PABEE)."""
+    from octavo.rundir import RunDir, options_of
+    from octavo.training import check
+
+    from cascadebert.data import label_names, load_examples
+    from cascadebert.exits import train_rival
+    from cascadebert.finetune import check_fit, train_options
+
+    runtime.start()
+    (options,) = train_options(config)
+    check(options)
+    check_fit(config, config.model, config.out)
+    examples = load_examples(config.train_data, data, split="train")
+    labels = label_names(examples, config.train_data)
+    with RunDir.open(config.out, options_of(config, data, runtime), config.overwrite) as run:
+        folder = train_rival(examples, labels, config, run, runtime)
+    row = {"kind": config.kind, "backbone": config.model, "folder": str(folder)}
+    return Outcome(
+        {f"Trained on {len(examples)} rows": [row]},
+        note=f"Next: cascadebert report --model CASCADE --test-data ROWS --rival {config.out}",
+    )
+
+
+@app.command
 def calibrate(
     cascade: Flat[CascadeConfig],
     config: Flat[CalibrateConfig],
     data: Flat[DataConfig] = DataConfig(),
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
-    """Choose the threshold for a wanted speed-up on held-out rows and write the policy."""
+    """Choose thresholds on held-out rows and write the policy: a speed-up, an accuracy or a risk.
+
+    Rows without labels will do for a speed-up, a budget and --risk disagreement; give
+    --label-column none to say that there are none.
+    """
     from octavo.rundir import refuse_existing
 
     from cascadebert.data import load_examples
@@ -66,18 +142,30 @@ def calibrate(
     out = config.out or _policy_path(cascade)
     refuse_existing(out, config.overwrite)
     models = _load(cascade, runtime)
-    examples = load_examples(config.dev_data, data, split="validation", labels=models.labels)
-    policy = models.calibrate(examples, config.target_speedup, config.cost)
+    labelled = data.label_column != "none"
+    examples = load_examples(
+        config.dev_data, data, split="validation", labels=models.labels, labelled=labelled
+    )
+    policy = models.calibrate(examples, config=config)
     policy.save(out)
-    row = {
-        "threshold (probability)": policy.threshold_probability,
-        "threshold (log-odds)": policy.threshold,
-        "accuracy %": 100 * policy.achieved["accuracy"],
-        f"speed-up ({policy.cost})": policy.achieved["speedup"],
+    row: dict[str, object] = {
+        f"threshold {number} (probability)": value
+        for number, value in enumerate(policy.probabilities, 1)
     }
+    if "accuracy" in policy.achieved:
+        row["accuracy %"] = 100 * policy.achieved["accuracy"]
+    row |= {f"speed-up ({unit})": value for unit, value in _achieved_speedups(policy).items()}
     for number in range(1, len(models.stages) + 1):
         row[f"stage {number} answers %"] = 100 * policy.achieved[f"share_{number}"]
-    return Outcome({f"On the {len(examples)} calibration rows": [row]}, note=f"Policy: {out}")
+    note = f"Policy: {out}"
+    if policy.guarantee:
+        note += f"\nGuarantee: {policy.guarantee['text']}"
+    slower = policy.achieved["speedup"] < 1
+    return Outcome(
+        {f"On the {len(examples)} calibration rows": [row]},
+        note=note,
+        no="the last stage alone is faster: too few rows leave early for this target" * slower,
+    )
 
 
 @app.command
@@ -109,7 +197,7 @@ def predict(
     runtime.start()
     refuse_existing(out, overwrite)
     models = _load(cascade, runtime)
-    chosen = Policy.load(policy or _policy_path(cascade), models.hashes)
+    chosen = Policy.load(policy or _policy_path(cascade), models.hashes, models.backend)
     exits = predict_file(models, chosen, source, out, data, chunk)
     total = sum(exits)
     rows = [
@@ -137,15 +225,16 @@ def evaluate(
         allow_same_split: Report on the calibration rows all the same.
     """
     from cascadebert.data import load_examples
-    from cascadebert.evaluate import compare
+    from cascadebert.evaluate import compare, stage_quality
     from cascadebert.policy import Policy
 
     runtime.start()
     models = _load(cascade, runtime)
-    chosen = Policy.load(policy or _policy_path(cascade), models.hashes)
+    chosen = Policy.load(policy or _policy_path(cascade), models.hashes, models.backend)
     examples = load_examples(test_data, data, split="test", labels=models.labels)
     rows = compare(models, chosen, examples, allow_same_split=allow_same_split)
-    return Outcome({f"On {len(examples)} test rows": rows})
+    order = stage_quality(models, chosen, examples)
+    return Outcome({f"On {len(examples)} test rows": rows, "Confidence of each stage": order})
 
 
 @app.command
@@ -198,14 +287,31 @@ def demo(
 
 
 def _load(config: CascadeConfig, runtime: Runtime) -> "Cascade":
+    from octavo.errors import ConfigError
+    from octavo.runtime import world_size
+
     from cascadebert.cascade import Cascade
 
+    if world_size() > 1:
+        raise ConfigError(
+            "only `train`, `difficulty` and `baseline` run under torchrun; start it alone"
+        )
     return Cascade.from_pretrained(
         config.model,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
+        backend=config.backend,
+        allow_partial=config.allow_partial,
         runtime=runtime,
     )
+
+
+def _achieved_speedups(policy: "Policy") -> dict[str, float]:
+    """What the calibration rows gave in every unit of cost."""
+    from cascadebert.cost import speedup
+
+    shares = [policy.achieved[f"share_{i}"] for i in range(1, len(policy.thresholds) + 2)]
+    return {unit: speedup(costs, shares) for unit, costs in policy.costs.items()}
 
 
 def _policy_path(cascade: CascadeConfig) -> Path:

@@ -1,9 +1,11 @@
 """Labelled texts in, validated examples out."""
 
+import base64
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from octavo.data import Row, iter_rows, load_rows
 from octavo.errors import DataError
 
@@ -18,11 +20,26 @@ class Examples:
         texts: the text, or the first of a pair.
         pairs: the second texts of a pair task, or None.
         labels: label names, or None.
+
+    Raises:
+        DataError: a text is no string, or there are not as many of each.
     """
 
     texts: list[str]
     pairs: list[str] | None = None
     labels: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for what, values in (("text", self.texts), ("pair", self.pairs), ("label", self.labels)):
+            if values is None:
+                continue
+            if len(values) != len(self.texts):
+                raise DataError(
+                    f"{len(self.texts)} texts and {len(values)} {what}s: must be as many"
+                )
+            for number, value in enumerate(values):
+                if not isinstance(value, str):
+                    raise DataError(f"row {number}: its {what} must be a string, not {value!r:.40}")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -44,23 +61,49 @@ class Examples:
         return total.hexdigest()
 
 
+def row_hashes(examples: Examples) -> np.ndarray:
+    """A hash of each row's texts, [rows] of uint64, by which rows are known again."""
+    pairs = examples.pairs or [""] * len(examples)
+    digests = [
+        hashlib.blake2b(f"{first}\0{second}".encode(), digest_size=8).digest()
+        for first, second in zip(examples.texts, pairs, strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def encoded_hashes(examples: Examples) -> str:
+    """The sorted hashes of the rows as a string, eight bytes a row in base 64."""
+    return base64.b64encode(np.unique(row_hashes(examples)).tobytes()).decode()
+
+
+def seen_before(examples: Examples, encoded: str) -> int:
+    """How many rows are among those that `encoded_hashes` wrote down."""
+    earlier = np.frombuffer(base64.b64decode(encoded), dtype="<u8")
+    return int(np.isin(row_hashes(examples), earlier).sum())
+
+
 def load_examples(
     source: str,
     config: DataConfig = DataConfig(),
     split: str | None = None,
     labels: Sequence[str] | None = None,
+    labelled: bool = True,
 ) -> Examples:
-    """Read labelled rows.
+    """Read rows, all at once.
 
     Args:
         source: a file, a folder of splits or a hub id.
         config: which columns hold what.
         split: of a folder or a hub id, where the configuration names none.
         labels: the names that are allowed; any by default.
+        labelled: whether the label column is read.
 
     Raises:
         DataError: the source, a column or a value is missing or wrong, or a label is unknown.
     """
+    columns, rename = _columns(config)
+    if not labelled:
+        return _examples(load_rows(source, columns, config.split or split, rename))
 
     def check(row: Row) -> str | None:
         label = _label(row)
@@ -70,7 +113,6 @@ def load_examples(
             return f"label {label!r} is not one of the model's: {', '.join(labels)}"
         return None
 
-    columns, rename = _columns(config)
     columns |= {"label": str | int | bool}  # text stays text: 01 is not 1
     rename |= {"label": config.label_column}
     rows = load_rows(source, columns, config.split or split, rename, check)

@@ -1,40 +1,45 @@
 """What a cascade is worth: accuracy and speed against each of its models alone, in the same engine."""
 
+import logging
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from octavo.errors import ConfigError, DataError
-from octavo.stats import Sample, bootstrap_interval, mcnemar
+from octavo.stats import bootstrap_interval, mcnemar
 
 from cascadebert.cascade import Cascade, Predictions, single
+from cascadebert.config import CostKind
 from cascadebert.cost import speedup
-from cascadebert.data import Examples
+from cascadebert.data import Examples, seen_before
+from cascadebert.metrics import quality
 from cascadebert.policy import Policy
 
+log = logging.getLogger(__name__)
 
-def dis(scores: Sample, difficulty: Sample) -> float:
-    """Difficulty inversion score: how well confidence orders items by difficulty.
+#: Share of the rows that may be among the calibration rows, as duplicates in real data are.
+OVERLAP = 0.01
 
-    Of all pairs of an easier and a harder item, the share in which the easier has the higher score; a
-    tie in score counts half. With right = easy and wrong = hard it is the area under the ROC curve
-    of confidence as a detector of correctness.
 
-    Args:
-        scores: confidence, best in log-odds, [n].
-        difficulty: two levels, larger is harder, [n].
+def refuse_calibration_rows(policy: Policy, examples: Examples, allow: bool = False) -> None:
+    """Make sure that nothing is reported on what the policy was fitted on.
 
-    Returns:
-        0 to 100; 50 is chance. NaN when all items are equally difficult.
+    Raises:
+        ConfigError: more than one row in a hundred is among the calibration rows.
+        DataError: there are fewer than two rows.
     """
-    from sklearn.metrics import roc_auc_score
-
-    hard = np.asarray(difficulty)
-    easy = hard == hard.min()
-    if easy.all():
-        return float("nan")
-    return 100 * float(roc_auc_score(easy, np.asarray(scores, dtype=float)))
+    if len(examples) < 2:
+        raise DataError("an evaluation needs two rows or more")
+    again = seen_before(examples, policy.calibration.get("row_hashes", ""))
+    if again > OVERLAP * len(examples) and not allow:
+        raise ConfigError(
+            f"{again} of these {len(examples)} rows are rows the policy was calibrated on; report on "
+            "others (or --allow-same-split, and say so)"
+        )
+    if again:
+        log.warning("%d of %d rows are calibration rows too", again, len(examples))
 
 
 def compare(
@@ -44,33 +49,27 @@ def compare(
 
     Args:
         cascade: the models.
-        policy: the threshold.
+        policy: the thresholds.
         examples: labelled rows that the policy was not fitted on.
         allow_same_split: report on the calibration rows all the same.
 
     Returns:
         A row each: accuracy with its 95 % bootstrap interval, the exact McNemar p-value against the
-        last stage, the speed-up by the policy's account and the one on the clock (same engine, same
+        last stage, the speed-up by every unit of cost and the one on the clock (same engine, same
         batches), and the share of items that went to the last stage.
 
     Raises:
-        ConfigError: the policy was fitted on these very rows.
+        ConfigError: the policy was fitted on these rows.
         DataError: there are fewer than two.
     """
-    if len(examples) < 2:
-        raise DataError("an evaluation needs two rows or more")
-    if examples.fingerprint() == policy.calibration.get("hash") and not allow_same_split:
-        raise ConfigError(
-            "these are the rows the policy was calibrated on; report on others "
-            "(or --allow-same-split, and say so)"
-        )
+    refuse_calibration_rows(policy, examples, allow_same_split)
     right = torch.tensor(cascade.class_numbers(examples))
     stages = len(cascade.stages)
     runs: list[tuple[str, Predictions, float]] = []
     for number in range(stages):
         alone = single(cascade, number)
-        runs.append((f"stage {number + 1} alone", *_timed(alone, examples, 0.0)))
-    runs.append(("cascade", *_timed(cascade, examples, policy.threshold)))
+        runs.append((f"stage {number + 1} alone", *_timed(alone, examples, Policy([]))))
+    runs.append(("cascade", *_timed(cascade, examples, policy)))
     correct = [(run.logits.argmax(dim=-1) == right).numpy() for _, run, _ in runs]
     last = stages - 1
     rows = []
@@ -78,15 +77,16 @@ def compare(
         is_cascade = number == stages
         exits = np.bincount(run.stages.numpy(), minlength=stages)
         low, high = bootstrap_interval(correct[number])
+        row: dict[str, Any] = {
+            "model": name,
+            "accuracy %": 100 * float(correct[number].mean()),
+            "95 % from": 100 * low,
+            "to": 100 * high,
+        }
+        row |= speedups(policy, exits if is_cascade else None, number)
         rows.append(
-            {
-                "model": name,
-                "accuracy %": 100 * float(correct[number].mean()),
-                "95 % from": 100 * low,
-                "to": 100 * high,
-                f"speed-up ({policy.cost})": speedup(policy.costs, exits)
-                if is_cascade
-                else policy.costs[last] / policy.costs[number],
+            row
+            | {
                 "speed-up (clock)": runs[last][2] / seconds,
                 "seconds": seconds,
                 "to last stage %": 100 * float(exits[last] / len(examples)) if is_cascade else None,
@@ -98,12 +98,42 @@ def compare(
     return rows
 
 
-def _timed(cascade: Cascade, examples: Examples, threshold: float) -> tuple[Predictions, float]:
+def speedups(
+    policy: Policy, exits: Sequence[int] | np.ndarray | None, stage: int = 0
+) -> dict[str, float]:
+    """The speed-up over the last stage in every unit that the policy knows, side by side.
+
+    Args:
+        policy: knows the costs.
+        exits: how many items left at each stage; None for one stage alone.
+        stage: which one.
+    """
+    row = {}
+    for unit in get_args(CostKind):
+        costs = policy.costs.get(unit)
+        if costs:
+            alone = costs[-1] / costs[min(stage, len(costs) - 1)]
+            row[f"speed-up ({unit})"] = alone if exits is None else speedup(costs, exits)
+    return row
+
+
+def stage_quality(cascade: Cascade, policy: Policy, examples: Examples) -> list[dict[str, Any]]:
+    """Order and calibration of each stage's confidence on all rows, at the policy's temperatures."""
+    labels = cascade.class_numbers(examples)
+    rows: list[dict[str, Any]] = []
+    for number in range(len(cascade.stages)):
+        logits = cascade.logits(number, examples)
+        temperature = policy.temperature(number)
+        rows.append({"stage": number + 1} | quality(logits / temperature, labels))
+    return rows
+
+
+def _timed(cascade: Cascade, examples: Examples, policy: Policy) -> tuple[Predictions, float]:
     """Predictions and the seconds they took, the best of three tries where they are short."""
     tries: list[float] = []
     while True:
         begin = time.perf_counter()
-        predictions = cascade.predict(examples, threshold)
+        predictions = cascade.predict(examples, policy)
         tries.append(time.perf_counter() - begin)
         if len(tries) == 3 or sum(tries) > 10:
             return predictions, min(tries)

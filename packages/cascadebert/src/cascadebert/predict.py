@@ -55,10 +55,10 @@ def predict_file(
     progress = out.with_name(f".{out.name}.partial.json")
     belongs = {
         "source": str(Path(source).resolve()),
-        "policy": [policy.threshold, *policy.models],
+        "policy": [policy.score, policy.thresholds, policy.temperatures, *policy.models],
         "columns": [config.text_column, config.pair_column, config.split],
         "lengths": [stage.max_length for stage in cascade.stages],
-        "dtype": str(next(cascade.stages[0].model.parameters()).dtype),
+        "backend": cascade.backend,
         "chunk": chunk,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def predict_file(
             if number == done["chunks"] - 1 and seen.hexdigest() != done["seen"]:
                 break
             continue
-        answers = cascade.predict(examples, policy.threshold)
+        answers = cascade.predict(examples, policy)
         lines = [
             json.dumps({"label": label, "stage": stage + 1, "confidence": round(sure, 6)}) + "\n"
             for label, stage, sure in zip(

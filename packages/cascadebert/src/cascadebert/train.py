@@ -5,37 +5,42 @@ where it stopped.
 """
 
 import logging
+import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
-from octavo import tiny
 from octavo.errors import ConfigError
-from octavo.models import load_config, load_model, load_tokenizer, save_model
+from octavo.models import save_model
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime, seed_everything
-from octavo.training import TrainOptions, check, discard_checkpoints, fit
+from octavo.runtime import Runtime, world_size
+from octavo.training import Loss, TrainOptions, check, discard_checkpoints, fit, last_checkpoint
+from torch.nn.functional import cross_entropy
 
-from cascadebert.cascade import MANIFEST, longest
+from cascadebert.card import model_card
+from cascadebert.cascade import MANIFEST
 from cascadebert.config import TrainConfig
 from cascadebert.data import Examples, label_names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from cascadebert.difficulty import build_difficulty, check_folds
+from cascadebert.finetune import (
+    check_fit,
+    collator,
+    encode_rows,
+    fine_tune,
+    inputs_of,
+    train_options,
+)
+from cascadebert.losses import (
+    confidence,
+    dar_loss,
+    distill_loss,
+    gatekeeper_loss,
+    online_difficulty,
+)
+from cascadebert.stage import load_stage, longest
 
 log = logging.getLogger(__name__)
-
-SCRATCH = "scratch:"
-
-#: Weights that fine-tuning may begin anew, and heads of pre-training that it may leave aside.
-NEW = (r"^(\w+\.)?(classifier|score|pooler|pre_classifier|head)\.", r"\.pooler\.", r"^summary\.")
-UNUSED = (
-    r"^(cls|lm_head|decoder|mlm_head|qa_outputs|discriminator_predictions)\.",
-    r"^(vocab_transform|vocab_layer_norm|vocab_projector|lm_predictions|mask_predictions)\.",
-    r"(^|\.)(pooler|position_ids)(\.|$)",
-    r"^head\.",
-)
 
 
 def train_cascade(
@@ -60,13 +65,17 @@ def train_cascade(
     labels = label_names(examples, config.train_data)
     names = [f"stage-{number + 1}" for number in range(len(config.model))]
     runtime.wait_for_everyone()  # before asking what is there already
-    for name, source, options in zip(names, config.model, _options(config), strict=True):
-        if (run.path / name).is_dir():
-            log.info("%s is trained already", name)
+    order = list(range(len(names)))
+    if config.distill_weight:
+        order.insert(0, order.pop())  # the teacher first
+    for number in order:
+        if (run.path / names[number]).is_dir():
+            log.info("%s is trained already", names[number])
             continue
-        log.info("%s: fine-tuning %s on %d rows", name, source, len(examples))
-        _train_stage(name, source, examples, labels, options, config, run, runtime)
-    run.write_json(MANIFEST, {"stages": names, "labels": labels, "max_length": config.max_length})
+        _train_stage(number, names, examples, labels, config, run, runtime)
+    manifest = {"stages": names, "labels": labels, "max_length": config.max_length}
+    run.write_json(MANIFEST, manifest | {"pairs": examples.pairs is not None})
+    run.write_text("README.md", model_card(names, labels, config, examples))
     return labels
 
 
@@ -80,115 +89,112 @@ def check_models(config: TrainConfig) -> None:
     """
     if len(config.model) < 2:
         raise ConfigError("--model: a cascade needs two models or more, smallest first")
-    if config.max_length < 4:
-        raise ConfigError(f"--max-length {config.max_length}: must be 4 or more")
-    for options in _options(config):
+    for options in train_options(config, len(config.model)):
         check(options)
+    for name, good, what in (
+        ("dar_weight", 0 <= config.dar_weight < math.inf, "0 or more"),
+        ("dar_margin", 0 <= config.dar_margin <= 1, "from 0 to 1"),
+        ("online_from", 0 <= config.online_from < 1, "a share from 0 up to 1"),
+        ("gatekeeper_weight", 0 <= config.gatekeeper_weight < 1, "from 0 up to 1"),
+        ("distill_weight", 0 <= config.distill_weight <= 1, "from 0 to 1"),
+        ("distill_temperature", 0 < config.distill_temperature < math.inf, "above 0"),
+    ):
+        if not good:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} {getattr(config, name)}: must be {what}")
+    if config.dar_weight and config.difficulty == "folds":
+        check_folds(config, 10**9)
     for source in config.model:
-        if source.startswith(SCRATCH):
-            _shape(source, config)
-            continue
-        if Path(source).resolve().is_relative_to(config.out.resolve()):
-            raise ConfigError(f"--model {source}: lies in --out, which is written to")
-        load_config(source)
-        load_tokenizer(source)
-
-
-def _options(config: TrainConfig) -> list[TrainOptions]:
-    """The optimisation of each stage."""
-    return [
-        TrainOptions(
-            learning_rate=rate,
-            epochs=epochs,
-            batch_size=config.batch_size,
-            weight_decay=config.weight_decay,
-            warmup=config.warmup,
-            save_every=config.save_every,
-            report_to=config.report_to,
-        )
-        for rate, epochs in zip(
-            _one_each(config.learning_rate, config.model, "--learning-rate"),
-            _one_each(config.epochs, config.model, "--epochs"),
-            strict=True,
-        )
-    ]
-
-
-def _shape(source: str, config: TrainConfig) -> tiny.Shape:
-    return tiny.parse_shape(
-        source.removeprefix(SCRATCH),
-        alphabet=config.alphabet,
-        vocabulary=config.vocabulary,
-        max_length=config.max_length,
-        pretrain_epochs=config.pretrain_epochs,
-    )
-
-
-def _one_each(values: Sequence[float], models: Sequence[str], option: str) -> list[float]:
-    if len(values) == 1:
-        return list(values) * len(models)
-    if len(values) != len(models):
-        raise ConfigError(f"{option}: give one value, or one for each of the {len(models)} models")
-    return list(values)
+        check_fit(config, source, config.out)
 
 
 def _train_stage(
-    name: str,
-    source: str,
+    number: int,
+    names: Sequence[str],
     examples: Examples,
     labels: Sequence[str],
-    options: TrainOptions,
     config: TrainConfig,
     run: RunDir,
     runtime: Runtime,
 ) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    if source.startswith(SCRATCH):
-        texts = examples.texts + (examples.pairs or [])
-        source = str(tiny.checkpoint(texts, _shape(source, config), runtime))
-    seed_everything(runtime.seed)  # the new classifier's weights
-    tokenizer = load_tokenizer(source)
-    model = load_model(
-        AutoModelForSequenceClassification,
-        source,
-        new=NEW,
-        unused=UNUSED,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
-        problem_type="single_label_classification",
-        dtype=torch.float32,  # whatever the checkpoint's: half precision is for the forward pass
+    name, source = names[number], config.model[number]
+    options = train_options(config, len(names))[number]
+    defers = number < len(names) - 1  # the last stage keeps what it gets
+    extras: dict[str, list[Any]] = {}
+    if defers and config.distill_weight:
+        teacher = load_stage(str(run.path / names[-1]), labels, config.max_length, runtime=runtime)
+        extras["teacher"] = teacher.run(teacher.encode(examples), 8192).tolist()
+    plain = replace(config, dar_weight=0.0)
+    if defers and config.dar_weight and config.difficulty == "folds":
+        extras["difficulty"] = build_difficulty(
+            source, examples, labels, options, config, config, run, f"difficulty-{number + 1}",
+            runtime, loss=stage_loss(plain, 0), extras=dict(extras),
+        )  # fmt: skip
+    log.info("%s: fine-tuning %s on %d rows", name, source, len(examples))
+    steps = math.ceil(len(examples) / (config.batch_size * world_size())) * options.epochs
+    loss = stage_loss(config if defers else plain, steps, _steps_done(run, name))
+    model, tokenizer = fine_tune(
+        name, source, examples, labels, options, config, run, runtime, loss=loss, extras=extras
     )
-    if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    length = min(config.max_length, longest(model, tokenizer))
-    rows = _encode(examples, tokenizer, labels, length)
-    fit(model, rows, _collator(tokenizer), run, name, options=options, runtime=runtime)
+    if defers and config.gatekeeper_weight:
+        _gatekeep(f"{name}-gatekeeper", model, tokenizer, examples, labels, options, config, run,
+                  runtime)  # fmt: skip
     save_model(run.path / name, model, tokenizer)
-    discard_checkpoints(run, name)
+    for training in (name, f"{name}-gatekeeper"):
+        discard_checkpoints(run, training)
 
 
-def _encode(
-    examples: Examples,
-    tokenizer: "PreTrainedTokenizerBase",
-    labels: Sequence[str],
-    max_length: int,
-) -> list[dict[str, Any]]:
-    numbers = {label: number for number, label in enumerate(labels)}
-    batch = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
-    columns = {**batch, "labels": [numbers[label] for label in examples.labels or []]}
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+def stage_loss(config: TrainConfig, steps: float, step: int = 0) -> Loss:
+    """The loss of a stage that defers: cross-entropy, and what the configuration adds to it.
+
+    L = (1 - w) CE + w distillation + lambda DAR.
+
+    Args:
+        config: weights and margins.
+        steps: of the whole training, for online difficulty, which begins after a share of them.
+        step: from which a resumed training goes on.
+    """
+    seen = [step]
+
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen[0] += 1
+        logits, labels = model(**inputs_of(batch)).logits.float(), batch["labels"]
+        value = cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        if "teacher" in batch:
+            soft = distill_loss(logits, batch["teacher"], config.distill_temperature)
+            value = (1 - config.distill_weight) * value + config.distill_weight * soft
+        if config.dar_weight:
+            if config.difficulty == "online":
+                begun = seen[0] > config.online_from * steps
+                levels = online_difficulty(logits, labels) if begun else torch.zeros_like(labels)
+            else:
+                levels = batch["difficulty"]
+            draws = torch.Generator().manual_seed(
+                int(batch["input_ids"].sum())
+            )  # of the batch alone
+            order = dar_loss(confidence(logits), levels, config.dar_margin, config.pairing, draws)
+            value = value + config.dar_weight * order
+        return value
+
+    return loss
 
 
-def _collator(tokenizer: "PreTrainedTokenizerBase"):
-    from transformers import DataCollatorWithPadding
+def _steps_done(run: RunDir, name: str) -> int:
+    checkpoint = last_checkpoint(run.path / "checkpoints" / name)
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
-    pad = DataCollatorWithPadding(tokenizer)
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return dict(pad(rows))
+def _gatekeep(
+    name: str, model: Any, tokenizer: Any, examples: Examples, labels: Sequence[str],
+    options: TrainOptions, config: TrainConfig, run: RunDir, runtime: Runtime,
+) -> None:  # fmt: skip
+    """One more epoch that flattens the answers the stage gets wrong."""
 
-    return collate
+    def loss(network: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = network(**inputs_of(batch)).logits.float()
+        return gatekeeper_loss(logits, batch["labels"], config.gatekeeper_weight)
+
+    length = min(config.max_length, longest(model, tokenizer))
+    rows = encode_rows(examples, tokenizer, labels, length, {})
+    once = replace(options, epochs=1.0, learning_rate=options.learning_rate / 2)
+    fit(model, rows, collator(tokenizer), run, name, options=once, runtime=runtime, loss=loss)

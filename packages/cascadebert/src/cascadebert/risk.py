@@ -1,0 +1,201 @@
+"""Thresholds with a guarantee: what may go wrong on new items of the same kind, and how surely.
+
+Four risks of leaving early, each a number an item: `error` (the cascade is wrong), `harm` (it is wrong
+where the last stage is right), `disagreement` (it answers otherwise than the last stage; needs no
+labels) and `gap` (harm minus help, from -1 to 1). Three ways to bound one:
+
+- `ltt`, Learn-then-Test (Angelopoulos et al. 2021): walk from the threshold that lets nothing leave to
+  lower ones and stop before the first that cannot be shown safe; exact binomial p-values for counts,
+  Hoeffding-Bentkus for the gap. With probability 1 - delta over the calibration rows the risk is
+  at most alpha.
+- `ucb`: the same walk with the betting bound of Waudby-Smith and Ramdas (2023).
+- `crc`, Conformal Risk Control (Angelopoulos et al. 2022): the risk is at most alpha on average. It is
+  valid where the risk rises as the threshold falls, so it takes harm and disagreement alone; with
+  three stages or more their monotone envelope.
+
+`empirical` merely keeps the risk of the calibration rows and guarantees nothing.
+"""
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import numpy as np
+from octavo.errors import ConfigError
+
+from cascadebert.config import Method, RiskKind
+
+#: Thresholds declared before any data is seen, as the walk demands: log-odds from certainty downwards.
+GRID = np.concatenate([[np.inf], np.arange(2000, -501, -1) / 50])
+
+
+def min_calibration_size(alpha: float, delta: float) -> int:
+    """Rows without a single failure that it takes to show a risk of at most alpha.
+
+    ln(delta) / ln(1 - alpha), rounded up: 230 for 1 % with confidence 90 %.
+    """
+    return math.ceil(math.log(delta) / math.log1p(-alpha))
+
+
+def item_losses(kind: RiskKind, answers: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """The loss of each item if it left at each stage.
+
+    Args:
+        kind: of risk.
+        answers: predicted classes, [stages, items].
+        labels: the right classes, [items]; `disagreement` needs none.
+
+    Returns:
+        [stages, items], from 0 to 1, the gap from -1 to 1.
+
+    Raises:
+        ConfigError: labels are needed, or there is no such risk.
+    """
+    if kind not in get_args(RiskKind):
+        raise ConfigError(f"{kind!r} is no risk; choose one of {', '.join(get_args(RiskKind))}")
+    if kind == "disagreement":
+        return (answers != answers[-1]).astype(float)
+    if labels is None:
+        raise ConfigError(f"--risk {kind}: needs labels; --risk disagreement does without")
+    wrong = answers != labels
+    if kind == "error":
+        return wrong.astype(float)
+    harm = wrong & ~wrong[-1]
+    return harm.astype(float) if kind == "harm" else harm.astype(float) - (~wrong & wrong[-1])
+
+
+def binomial_p(failures: int, items: int, alpha: float) -> float:
+    """p-value that the risk of a 0/1 loss exceeds alpha: P(Bin(n, alpha) <= failures)."""
+    from scipy.stats import binom
+
+    return float(binom.cdf(failures, items, alpha))
+
+
+def hoeffding_bentkus_p(mean: float, items: int, alpha: float) -> float:
+    """p-value that the mean of losses in [0, 1] exceeds alpha (Bates et al. 2021, proposition 2)."""
+    from scipy.stats import binom
+
+    if mean >= alpha:
+        return 1.0
+    first = mean * math.log(mean / alpha) if mean > 0 else 0.0
+    second = (1 - mean) * math.log((1 - mean) / (1 - alpha))
+    count = math.ceil(items * mean - 1e-9)  # a sum of whole losses must not be rounded up
+    return float(min(math.exp(-items * (first + second)), math.e * binom.cdf(count, items, alpha)))
+
+
+def betting_p(losses: np.ndarray, alpha: float, delta: float) -> float:
+    """p-value that the mean of losses in [0, 1] exceeds alpha, from a bet against it.
+
+    The hedged capital process of Waudby-Smith and Ramdas (2023), one-sided; the order of the items must
+    be random.
+    """
+    items = len(losses)
+    counts = np.arange(1, items + 1)
+    means = (0.5 + np.cumsum(losses)) / (counts + 1)
+    spread = (0.25 + np.cumsum((losses - means) ** 2)) / (counts + 1)
+    before = np.concatenate([[0.25], spread[:-1]])
+    bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (items * before)), 0.5 / (1 - alpha))
+    capital = np.cumsum(np.log1p(-bets * (losses - alpha)))
+    return float(min(1.0, math.exp(-max(0.0, float(capital.max())))))
+
+
+def walk(p_values: Callable[[int], float], steps: int, delta: float) -> int:
+    """How many thresholds a fixed sequence shows safe: it stops BEFORE the first p-value above delta."""
+    for step in range(steps):
+        if p_values(step) > delta:
+            return step
+    return steps
+
+
+def safe_threshold(
+    reach: np.ndarray,
+    losses: np.ndarray,
+    alpha: float,
+    *,
+    kind: RiskKind = "harm",
+    method: Method = "ltt",
+    delta: float = 0.1,
+    seed: int = 0,
+) -> float:
+    """The lowest threshold, shared by all stages, whose risk is shown to be at most alpha.
+
+    Args:
+        reach: running maximum of each item's scores, [stages - 1, items]; it leaves at the first
+            stage whose reach lies above the threshold.
+        losses: from `item_losses`, [stages, items].
+        alpha: the wanted bound.
+        kind: of risk.
+        method: how it is shown.
+        delta: probability that the calibration rows mislead (ltt and ucb).
+        seed: of the order that `ucb` bets in.
+
+    Returns:
+        A threshold; infinite where nothing may leave early.
+
+    Raises:
+        ConfigError: a number is out of range, the method does not fit the risk, there are too few
+            rows, or the last stage itself does not meet the bound.
+    """
+    items = losses.shape[1]
+    low = -1.0 if kind == "gap" else 0.0
+    if not max(low, 0.0) < alpha < 1:
+        raise ConfigError(f"--max-risk {alpha}: must lie between 0 and 1")
+    if not 0 < delta < 1:
+        raise ConfigError(f"--delta {delta}: must lie between 0 and 1")
+    if method not in get_args(Method):
+        raise ConfigError(f"{method!r} is no method; choose one of {', '.join(get_args(Method))}")
+    if method == "crc" and kind not in ("harm", "disagreement"):
+        raise ConfigError(f"--method crc: needs a risk that only rises; {kind} is none, use ltt")
+    if kind != "gap" and method in ("ltt", "ucb") and items < min_calibration_size(alpha, delta):
+        raise ConfigError(
+            f"{items} calibration rows cannot show a risk of {alpha:g} with confidence "
+            f"{1 - delta:g}: it takes {min_calibration_size(alpha, delta)} or more"
+        )
+    if method == "crc":
+        losses = np.maximum.accumulate(losses[::-1], axis=0)[::-1]  # what any later exit would cost
+
+    def at(step: int) -> np.ndarray:
+        stage = (reach <= GRID[step]).sum(axis=0)
+        return losses[stage, np.arange(items)]
+
+    order = np.random.default_rng(seed).permutation(items)
+
+    def p_value(step: int) -> float:
+        here = at(step)
+        if method == "empirical":
+            return 0.0 if here.mean() <= alpha + 1e-12 else 1.0
+        if method == "crc":
+            return 0.0 if (here.sum() + 1) / (items + 1) <= alpha + 1e-12 else 1.0
+        if kind == "gap":  # scaled into [0, 1]
+            here, bound = (here + 1) / 2, (alpha + 1) / 2
+        else:
+            bound = alpha
+        if method == "ucb":
+            return betting_p(here[order], bound, delta)
+        if kind == "gap":
+            return hoeffding_bentkus_p(float(here.mean()), items, bound)
+        return binomial_p(int(here.sum()), items, bound)
+
+    safe = walk(p_value, len(GRID), delta)
+    if safe == 0:
+        raise ConfigError(
+            f"--max-risk {alpha:g}: cannot be shown even where the last stage answers everything "
+            f"({kind} {at(0).mean():.4f} on {items} rows, method {method}); allow more, or give more rows"
+        )
+    return float(GRID[safe - 1])
+
+
+def guarantee_text(kind: RiskKind, alpha: float, delta: float, method: Method, items: int) -> str:
+    """The guarantee in words, as it stands in the policy file."""
+    meaning = {
+        "error": "the cascade answers wrongly",
+        "harm": "the cascade is wrong where the last stage is right",
+        "disagreement": "the cascade answers otherwise than the last stage",
+        "gap": "harm minus help: accuracy lost against the last stage",
+    }[kind]
+    valid = f"on rows drawn like the {items} calibration rows, for these models and this backend"
+    if method == "empirical":
+        return f"none: on the {items} calibration rows the {kind} ({meaning}) was at most {alpha:g}"
+    if method == "crc":
+        return f"expected {kind} ({meaning}) at most {alpha:g}, {valid}"
+    return f"with probability {1 - delta:g} the {kind} ({meaning}) is at most {alpha:g}, {valid}"
