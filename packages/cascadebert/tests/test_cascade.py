@@ -1,97 +1,76 @@
 import json
-import random
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from cascadebert.cascade import Cascade, single
-from cascadebert.data import Examples
+from cascadebert.config import CalibrateConfig
+from cascadebert.data import Examples, seen_before
 from cascadebert.evaluate import compare
 from cascadebert.policy import Policy
-from octavo import tiny
+from cascadebert.scores import log_odds
+from cascadebert.stage import Stage
 from octavo.errors import ConfigError, DataError, ModelError
 from octavo.runtime import Runtime
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
-WORDS = "one two three four five six seven eight nine ten".split()
-TEXTS = [
-    "",
-    *(" ".join(random.Random(i).choices(WORDS, k=1 + i % 9)) for i in range(43)),
-    "one " * 99,
-]
 LABELS = ["no", "yes", "maybe"]
 FAMILIES = ["bert", "modernbert", "roberta", "distilbert", "deberta-v2"]
 CPU = Runtime(device="cpu")
 
 
-def save_classifier(folder, kind="bert", layers=1, width=16, labels=LABELS, seed=0, **settings):
-    """A classifier with random weights and its tokenizer, as a fine-tuned one lies on the hub."""
-    shape = tiny.Shape(kind="bert", vocabulary=100, max_length=64)
-    tokenizer = tiny.make_tokenizer(TEXTS, shape)
-    if kind not in ("bert", "deberta-v2"):
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    sizes = {
-        "vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "intermediate_size": 2 * width, "max_position_embeddings": 66,
-        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2,
-        "sep_token_id": 3, "initializer_range": 0.5,
-    }  # fmt: skip
-    if kind == "distilbert":
-        sizes |= {"dim": width, "n_layers": layers, "n_heads": 2, "hidden_dim": 2 * width}
-    torch.manual_seed(seed)
-    names = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: number for number, label in enumerate(labels)},
-    }
-    config = AutoConfig.for_model(kind, **(sizes | names | settings))
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(tmp_path_factory, classifier):
     """Two stages of other families, widths and label orders."""
     folder = tmp_path_factory.mktemp("pair")
-    small = save_classifier(folder / "small", "distilbert", layers=1, width=16, seed=1)
+    small = classifier(folder / "small", "distilbert", layers=1, width=16, seed=1)
     turned = ["maybe", "no", "yes"]
-    large = save_classifier(folder / "large", "bert", layers=3, width=32, labels=turned, seed=2)
+    large = classifier(folder / "large", "bert", layers=3, width=32, labels=turned, seed=2)
     return [small, large]
 
 
+def between(scores):
+    """The middle of the two scores around the median, so that no score lies on it."""
+    ordered = scores.sort().values
+    return float((ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2)
+
+
 def middle(cascade, examples):
-    scores = cascade.predict(examples, -1e9).scores.sort().values
-    return float((scores[len(scores) // 2 - 1] + scores[len(scores) // 2]) / 2)
+    """A policy that defers half of the examples."""
+    return Policy([between(cascade.predict(examples, Policy([-1e9])).scores)])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 8192])
-def test_pooled_batched_and_run_all_answer_alike(pair, batch_tokens):
-    examples = Examples(TEXTS)
+def test_pooled_batched_and_run_all_answer_alike(pair, batch_tokens, texts):
+    examples = Examples(texts)
     cascade = Cascade.from_pretrained(pair, runtime=CPU)
-    threshold = middle(cascade, examples)
-    everything = cascade.run_all(examples, threshold)
-    assert 0 < everything.stages.sum() < len(TEXTS)
+    policy = middle(cascade, examples)
+    everything = cascade.run_all(examples, policy)
+    assert 0 < everything.stages.sum() < len(texts)
     cascade.batch_tokens = batch_tokens
-    pooled = cascade.predict(examples, threshold)
+    pooled = cascade.predict(examples, policy)
     assert pooled.labels == everything.labels
     assert torch.equal(pooled.stages, everything.stages)
     assert torch.allclose(pooled.logits, everything.logits, atol=1e-5)
     assert torch.allclose(pooled.scores, everything.scores, atol=1e-4)
 
 
-def test_one_at_a_time_answers_alike(pair):
-    examples = Examples(TEXTS)
+def test_one_at_a_time_answers_alike(pair, texts):
+    examples = Examples(texts)
     cascade = Cascade.from_pretrained(pair, runtime=CPU)
-    threshold = middle(cascade, examples)
-    together = cascade.predict(examples, threshold)
-    alone = [cascade.predict(examples.at([i]), threshold) for i in range(len(examples))]
+    policy = middle(cascade, examples)
+    together = cascade.predict(examples, policy)
+    alone = [cascade.predict(examples.at([i]), policy) for i in range(len(examples))]
     assert [one.labels[0] for one in alone] == together.labels
     assert [one.stages.item() for one in alone] == together.stages.tolist()
 
 
-def test_the_large_model_sees_only_what_is_deferred(pair, monkeypatch):
-    examples = Examples(TEXTS)
+def test_the_large_model_sees_only_what_is_deferred(pair, monkeypatch, texts):
+    examples = Examples(texts)
     cascade = Cascade.from_pretrained(pair, runtime=CPU)
-    threshold = middle(cascade, examples)
+    policy = middle(cascade, examples)
     seen = []
     forward = cascade.stages[1].model.forward
 
@@ -100,32 +79,32 @@ def test_the_large_model_sees_only_what_is_deferred(pair, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(cascade.stages[1].model, "forward", counting)
-    answers = cascade.predict(examples, threshold)
-    assert sum(seen) == int((answers.stages == 1).sum()) < len(TEXTS)
+    answers = cascade.predict(examples, policy)
+    assert sum(seen) == int((answers.stages == 1).sum()) < len(texts)
     seen.clear()
-    cascade.predict(examples, -1e9)
+    cascade.predict(examples, Policy([-1e9]))
     assert seen == []
 
 
-def test_logits_are_the_models_own_in_the_order_of_the_label_names(pair):
+def test_logits_are_the_models_own_in_the_order_of_the_label_names(pair, texts):
     cascade = Cascade.from_pretrained(pair, runtime=CPU)
     assert cascade.labels == LABELS
     model = AutoModelForSequenceClassification.from_pretrained(pair[1]).eval()
     stage = cascade.stages[1]
-    batch = stage.tokenizer(TEXTS[:3], padding=True, return_tensors="pt")
+    batch = stage.tokenizer(texts[:3], padding=True, return_tensors="pt")
     with torch.no_grad():
         own = model(**batch).logits
-    assert torch.allclose(cascade.logits(1, Examples(TEXTS[:3])), own[:, [1, 2, 0]], atol=1e-5)
+    assert torch.allclose(cascade.logits(1, Examples(texts[:3])), own[:, [1, 2, 0]], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_any_encoder_of_the_hub_can_be_a_stage(tmp_path, kind):
-    small = save_classifier(tmp_path / "small", "bert")
-    large = save_classifier(tmp_path / "large", kind, layers=2, width=32)
+def test_any_encoder_of_the_hub_can_be_a_stage(tmp_path, kind, classifier, texts):
+    small = classifier(tmp_path / "small", "bert")
+    large = classifier(tmp_path / "large", kind, layers=2, width=32)
     cascade = Cascade.from_pretrained([small, large], runtime=CPU)
-    examples = Examples(TEXTS, pairs=TEXTS[::-1])
-    threshold = middle(cascade, examples)
-    pooled, everything = cascade.predict(examples, threshold), cascade.run_all(examples, threshold)
+    examples = Examples(texts, pairs=texts[::-1])
+    policy = middle(cascade, examples)
+    pooled, everything = cascade.predict(examples, policy), cascade.run_all(examples, policy)
     assert pooled.labels == everything.labels
     assert torch.equal(pooled.stages, everything.stages)
     small_cost, large_cost = cascade.costs([16, 16])
@@ -134,45 +113,45 @@ def test_any_encoder_of_the_hub_can_be_a_stage(tmp_path, kind):
     assert large_cost.parameters > small_cost.parameters
 
 
-def test_half_precision_keeps_the_policy_valid(pair):
+def test_half_precision_keeps_the_policy_valid(pair, texts):
     full = Cascade.from_pretrained(pair, runtime=CPU)
     half = Cascade.from_pretrained(pair, runtime=Runtime(device="cpu", dtype="bfloat16"))
     assert next(half.stages[0].model.parameters()).dtype == torch.bfloat16
     assert half.hashes == full.hashes
-    examples = Examples(TEXTS)
+    examples = Examples(texts)
     assert torch.allclose(half.logits(1, examples), full.logits(1, examples), atol=1.0)
 
 
-def test_other_weights_have_other_hashes(pair, tmp_path):
-    other = save_classifier(tmp_path / "other", "distilbert", seed=5)
+def test_other_weights_have_other_hashes(pair, tmp_path, classifier):
+    other = classifier(tmp_path / "other", "distilbert", seed=5)
     first = Cascade.from_pretrained(pair, runtime=CPU).hashes
     assert Cascade.from_pretrained([other, pair[1]], runtime=CPU).hashes[0] != first[0]
     assert Cascade.from_pretrained(pair, runtime=CPU).hashes == first
 
 
-def test_long_texts_are_cut_to_what_the_model_takes(tmp_path):
-    folder = save_classifier(tmp_path / "roberta", "roberta")
+def test_long_texts_are_cut_to_what_the_model_takes(tmp_path, classifier):
+    folder = classifier(tmp_path / "roberta", "roberta")
     cascade = Cascade.from_pretrained([folder, folder], runtime=CPU)
     assert cascade.stages[0].max_length == 64  # 66 positions, two of them for padding
-    assert len(cascade.stages[0].encode(Examples(["one " * 500]))[0]["input_ids"]) == 64
+    assert len(cascade.stages[0].encode(Examples(["one " * 500])).rows[0]["input_ids"]) == 64
     short = Cascade.from_pretrained([folder, folder], max_length=8, runtime=CPU)
-    assert len(short.stages[0].encode(Examples(["one " * 500]))[0]["input_ids"]) == 8
+    assert len(short.stages[0].encode(Examples(["one " * 500])).rows[0]["input_ids"]) == 8
 
 
-def test_models_that_do_not_belong_together(tmp_path, pair):
-    other = save_classifier(tmp_path / "other", labels=["a", "b", "c"])
+def test_models_that_do_not_belong_together(tmp_path, pair, classifier):
+    other = classifier(tmp_path / "other", labels=["a", "b", "c"])
     with pytest.raises(ModelError, match=r"other: its labels \(a, b, c\) are not those of the fi"):
         Cascade.from_pretrained([pair[0], other], runtime=CPU)
-    one = save_classifier(tmp_path / "one", labels=["only"])
-    with pytest.raises(ModelError, match="a regression head has no confidence"):
+    one = classifier(tmp_path / "one", labels=["only"])
+    with pytest.raises(ModelError, match="a regression head has no softmax confidence"):
         Cascade.from_pretrained([pair[0], one], runtime=CPU)
     with pytest.raises(ModelError, match=r"no cascade there \(cascade.json is missing\)"):
         Cascade.from_pretrained([pair[0]], runtime=CPU)
 
 
-def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(tmp_path, pair):
+def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(tmp_path, pair, classifier):
     """The authors' code fills the missing layers with noise (section 2 of the method page)."""
-    folder = save_classifier(tmp_path / "deep", "bert", layers=1)
+    folder = classifier(tmp_path / "deep", "bert", layers=1)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ModelError, match=r"the checkpoint lacks bert\.encoder\.layer\.1"):
@@ -189,56 +168,59 @@ def test_labels_and_stages_that_do_not_exist(pair):
         single(cascade, 2)
 
 
-def test_comparison_by_hand(pair):
+def test_comparison_by_hand(pair, texts):
     cascade = Cascade.from_pretrained(pair, runtime=CPU)
-    examples = Examples(TEXTS, labels=["no", "yes", "maybe"] * 15)
-    threshold = middle(cascade, examples)
-    policy = Policy(threshold, "flops", [1.0, 4.0], 2.0, {}, cascade.hashes, {"hash": "other"})
+    examples = Examples(texts, labels=["no", "yes", "maybe"] * 15)
+    policy = middle(cascade, examples)
+    policy = replace(policy, costs={"flops": [1.0, 4.0], "layers": [1.0, 3.0]})
     small, large, both = compare(cascade, policy, examples)
-    answers = cascade.run_all(examples, threshold)
+    answers = cascade.run_all(examples, policy)
     right = [a == b for a, b in zip(answers.labels, examples.labels or [], strict=True)]
     share = float((answers.stages == 1).float().mean())
     assert both["accuracy %"] == pytest.approx(100 * sum(right) / 45)
     assert both["to last stage %"] == pytest.approx(100 * share)
     assert both["speed-up (flops)"] == pytest.approx(4 / (1 + 4 * share))
+    assert both["speed-up (layers)"] == pytest.approx(3 / (1 + 3 * share))
     assert (small["speed-up (flops)"], large["speed-up (flops)"]) == (4, 1)
     assert large["speed-up (clock)"] == 1
     assert small["95 % from"] <= small["accuracy %"] <= small["to"]
 
 
-def test_nothing_is_reported_on_the_calibration_rows(pair):
+def test_nothing_is_reported_on_the_calibration_rows(pair, texts):
     cascade = Cascade.from_pretrained(pair, runtime=CPU)
-    examples = Examples(TEXTS, labels=["no", "yes", "maybe"] * 15)
+    examples = Examples(texts, labels=["no", "yes", "maybe"] * 15)
     policy = cascade.calibrate(examples, 1.5)
     turned = examples.at(list(reversed(range(len(examples)))))
-    for same in (examples, turned):
-        with pytest.raises(ConfigError, match="the rows the policy was calibrated on"):
+    more = Examples([*texts, "new"], labels=["no", "yes", "maybe"] * 15 + ["no"])
+    for same in (examples, turned, more, examples.at(range(9))):
+        with pytest.raises(ConfigError, match="are rows the policy was calibrated on"):
             compare(cascade, policy, same)
     assert compare(cascade, policy, examples, allow_same_split=True)
-    assert compare(cascade, policy, examples.at(range(40)))
+    new = Examples([f"{text} zwei" for text in texts], labels=examples.labels)
+    assert compare(cascade, policy, new)
 
 
-def test_costs_follow_each_stages_own_tokens(tmp_path):
-    long = save_classifier(tmp_path / "long")
-    short = save_classifier(tmp_path / "short", max_position_embeddings=6)
+def test_costs_follow_each_stages_own_tokens(tmp_path, classifier):
+    long = classifier(tmp_path / "long")
+    short = classifier(tmp_path / "short", max_position_embeddings=6)
     cascade = Cascade.from_pretrained([long, short], runtime=CPU)
     lengths = cascade.lengths(Examples(["one two three four five six seven"]))
     assert lengths == [9, 6]
     assert cascade.costs(lengths)[0].flops > cascade.costs(lengths)[1].flops
 
 
-def test_labels_without_names_are_their_numbers(tmp_path):
-    folder = save_classifier(tmp_path / "one", labels=["LABEL_0", "LABEL_1"])
+def test_labels_without_names_are_their_numbers(tmp_path, classifier):
+    folder = classifier(tmp_path / "one", labels=["LABEL_0", "LABEL_1"])
     assert Cascade.from_pretrained([folder, folder], runtime=CPU).labels == ["0", "1"]
 
 
-def test_logits_that_are_not_finite_are_an_error(tmp_path):
-    folder = save_classifier(tmp_path / "one")
+def test_logits_that_are_not_finite_are_an_error(tmp_path, classifier):
+    folder = classifier(tmp_path / "one")
     cascade = Cascade.from_pretrained([folder, folder], runtime=CPU)
     for weight in cascade.stages[0].model.parameters():
         torch.nn.init.constant_(weight, float("nan"))
     with pytest.raises(ModelError, match="one: gives logits that are not finite"):
-        cascade.predict(Examples(["one"]), 0.0)
+        cascade.predict(Examples(["one"]), Policy([0.0]))
 
 
 def test_a_broken_description_is_an_error(tmp_path):
@@ -253,3 +235,143 @@ def test_the_manifest_names_stages_relative_to_its_folder(trained, tmp_path):
 
     moved = shutil.copytree(trained, tmp_path / "moved")
     assert Cascade.from_pretrained([moved], runtime=CPU).labels == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("pool", [1, 7, 16, 1000])
+def test_the_size_of_the_pool_changes_nothing(pair, pool, texts):
+    cascade, examples = Cascade.from_pretrained(pair, runtime=CPU), Examples(texts)
+    policy = middle(cascade, examples)
+    pooled, parts = cascade.predict(examples, policy), cascade.predict(examples, policy, pool=pool)
+    assert parts.labels == pooled.labels
+    assert torch.equal(parts.stages, pooled.stages)
+    assert torch.equal(parts.truncated, pooled.truncated)
+    assert torch.allclose(parts.logits, pooled.logits, atol=1e-5)
+
+
+def test_a_third_stage_sees_what_two_deferred(pair, tmp_path, classifier, texts):
+    third = classifier(tmp_path / "third", "modernbert", layers=2, width=32, seed=3)
+    cascade, examples = Cascade.from_pretrained([*pair, third], runtime=CPU), Examples(texts)
+    first, second = (cascade.logits(number, examples) for number in (0, 1))
+    bars = [between(log_odds(first)), between(log_odds(second))]
+    answers = cascade.predict(examples, Policy(bars))
+    assert set(answers.stages.tolist()) == {0, 1, 2}
+    everything = cascade.run_all(examples, Policy(bars))
+    assert answers.labels == everything.labels
+    assert torch.equal(answers.stages, everything.stages)
+    expected = [0 if a > bars[0] else 1 if b > bars[1] else 2
+                for a, b in zip(log_odds(first), log_odds(second), strict=True)]  # fmt: skip
+    assert answers.stages.tolist() == expected
+
+
+def test_temperatures_change_confidence_and_no_answer(pair, texts):
+    cascade, examples = Cascade.from_pretrained(pair, runtime=CPU), Examples(texts)
+    plain = cascade.predict(examples, Policy([1e9]))
+    cooled = cascade.predict(examples, Policy([1e9], temperatures=[1.0, 4.0]))
+    assert cooled.labels == plain.labels
+    assert (cooled.confidence < plain.confidence).all()
+    assert torch.allclose(cooled.logits * 4, plain.logits, atol=1e-4)
+
+
+def test_texts_are_tokenised_once_where_stages_read_alike(pair, monkeypatch, texts):
+    examples, asked = Examples(texts), []
+    encode = Stage.encode
+    monkeypatch.setattr(
+        Stage, "encode", lambda self, some: asked.append(len(some)) or encode(self, some)
+    )
+    for models, times in ((pair, 2), ([pair[1], pair[1]], 1)):  # distilbert takes no token types
+        cascade = Cascade.from_pretrained(models, runtime=CPU)
+        policy = middle(cascade, examples)
+        expected = cascade.run_all(examples, policy)
+        asked.clear()
+        assert cascade.predict(examples, policy).labels == expected.labels
+        assert len(asked) == times
+
+
+def test_cut_texts_are_told(pair):
+    cascade = Cascade.from_pretrained(pair, max_length=8, runtime=CPU)
+    answers = cascade.predict(Examples(["one two", "one " * 6, "one " * 7]), Policy([0.0]))
+    assert answers.truncated.tolist() == [False, False, True]
+
+
+def test_there_are_as_many_of_each():
+    with pytest.raises(DataError, match="1 texts and 2 pairs"):
+        Examples(["one"], ["two", "three"])
+
+
+def test_texts_must_be_texts():
+    """In a process of its own: the tests' own type checks would answer first."""
+    program = (
+        "from cascadebert import Examples\n"
+        "for texts, labels in (['one', None], None), (['one', float('nan')], None), (['a'], [3]):\n"
+        "    try: Examples(texts, labels=labels)\n"
+        "    except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines() == [
+        "DataError row 1: its text must be a string, not None",
+        "DataError row 1: its text must be a string, not nan",
+        "DataError row 0: its label must be a string, not 3",
+    ]
+
+
+def test_pairs_and_single_texts_are_not_mixed_up(pair):
+    cascade = Cascade.from_pretrained(pair, runtime=CPU)
+    assert cascade.predict(Examples(["a"], ["b"]), Policy([0.0])).labels  # nothing is known
+    cascade.pairs = True
+    with pytest.raises(DataError, match="trained on pairs of texts; name the --pair-column"):
+        cascade.predict(Examples(["a"]), Policy([0.0]))
+    cascade.pairs = False
+    with pytest.raises(DataError, match="trained on single texts; leave --pair-column away"):
+        cascade.logits(0, Examples(["a"], ["b"]))
+
+
+def test_a_partial_checkpoint_loads_only_on_request(tmp_path, pair, classifier):
+    folder = classifier(tmp_path / "deep", "bert", layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ModelError, match="lacks"):
+        Cascade.from_pretrained([pair[0], folder], runtime=CPU)
+    assert Cascade.from_pretrained([pair[0], folder], allow_partial=True, runtime=CPU)
+
+
+def test_calibration_knows_all_costs_and_its_rows(pair, texts):
+    cascade = Cascade.from_pretrained(pair, runtime=CPU)
+    examples = Examples(texts, labels=["no", "yes", "maybe"] * 15)
+    policy = cascade.calibrate(examples, 1.5)
+    assert set(policy.costs) == {"layers", "flops", "parameters", "latency"}
+    assert policy.costs["layers"] == [1, 3]
+    assert all(price > 0 for costs in policy.costs.values() for price in costs)
+    assert policy.backend == "torch-float32"
+    assert len(policy.calibration["deciles"]) == 9
+    assert seen_before(examples, policy.calibration["row_hashes"]) == len(texts)
+    assert seen_before(Examples(["new", texts[3]]), policy.calibration["row_hashes"]) == 1
+
+
+@pytest.mark.parametrize("score", ["margin", "entropy", "energy", "learned"])
+def test_every_score_is_calibrated_and_run_alike(pair, score, texts):
+    cascade = Cascade.from_pretrained(pair, runtime=CPU)
+    examples = Examples(texts * 2, labels=(["no", "yes", "maybe"] * 30))
+    wanted = CalibrateConfig(target_speedup=1.5, score=score, temperature=True)
+    policy = cascade.calibrate(examples, config=wanted)
+    assert policy.score == score
+    assert len(policy.temperatures) == 2
+    assert policy.achieved["speedup"] >= 1.5
+    answers, everything = cascade.predict(examples, policy), cascade.run_all(examples, policy)
+    assert answers.labels == everything.labels
+    assert 0 < int(answers.stages.sum()) < len(examples)
+
+
+def test_calibration_without_labels(pair, texts):
+    cascade, unlabelled = Cascade.from_pretrained(pair, runtime=CPU), Examples(texts * 10)
+    policy = cascade.calibrate(unlabelled, 1.2)
+    assert "accuracy" not in policy.achieved
+    agreement = CalibrateConfig(max_risk=0.5, risk="disagreement")
+    policy = cascade.calibrate(unlabelled, config=agreement)
+    assert policy.guarantee["risk"] == "disagreement"
+    assert policy.guarantee["measured"] <= 0.5
+    for wrong in ({"max_risk": 0.5}, {"min_accuracy": 0.5}, {"temperature": True},
+                  {"score": "learned"}):  # fmt: skip
+        with pytest.raises(ConfigError, match="needs labels"):
+            cascade.calibrate(unlabelled, config=CalibrateConfig(**wrong))

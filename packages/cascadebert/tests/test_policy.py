@@ -5,8 +5,14 @@ import numpy as np
 import pytest
 import torch
 from cascadebert.cost import speedup
-from cascadebert.evaluate import dis
-from cascadebert.policy import Policy, exit_stage, fit_policy, sweep
+from cascadebert.policy import (
+    Policy,
+    exit_stage,
+    fit_policy,
+    superfluous_stages,
+    sweep,
+    sweep_separate,
+)
 from cascadebert.scores import log_odds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,17 +97,17 @@ def test_log_odds_do_not_change_with_a_shift(values, shift):
 
 def test_an_item_leaves_at_the_first_stage_above_the_threshold():
     scores = [torch.tensor([1.0, -1.0, -1.0, 0.0]), torch.tensor([-1.0, 1.0, -1.0, 0.0])]
-    assert exit_stage(scores, 0.0).tolist() == [0, 1, 2, 2]  # strictly above
+    assert exit_stage(scores, [0.0, 0.0]).tolist() == [0, 1, 2, 2]  # strictly above
 
 
 @pytest.mark.parametrize("target", [0.5, 1.2, 2.0, 3.5])
 def test_the_chosen_threshold_is_the_highest_that_is_fast_enough(target):
     logits, labels = random_stages(200, 2, seed=9)
     policy = fit_policy(logits, labels, [1.0, 5.0], target)
-    _, faster, _ = brute_force(logits, labels, [1.0, 5.0], policy.threshold)
+    _, faster, _ = brute_force(logits, labels, [1.0, 5.0], policy.thresholds[0])
     assert faster >= target
     assert policy.achieved["speedup"] == pytest.approx(faster)
-    higher = sorted(s for s in log_odds(logits[0]).tolist() if s > policy.threshold)
+    higher = sorted(s for s in log_odds(logits[0]).tolist() if s > policy.thresholds[0])
     if higher:
         above = brute_force(logits, labels, [1.0, 5.0], higher[0])
         assert above[1] < target
@@ -110,7 +116,7 @@ def test_the_chosen_threshold_is_the_highest_that_is_fast_enough(target):
 def test_targets_that_cannot_be_met():
     logits, labels = random_stages(20, 2)
     with pytest.raises(ConfigError, match=r"out of reach: the first stage alone is 6\.00 times"):
-        fit_policy(logits, labels, [2.0, 12.0], 6.5, "layers")
+        fit_policy(logits, labels, [2.0, 12.0], 6.5, cost="layers")
     assert fit_policy(logits, labels, [2.0, 12.0], 6.0).achieved["share_1"] == 1.0
     for target in (0.0, -1.0, math.nan):
         with pytest.raises(ConfigError, match="must be above 0"):
@@ -121,13 +127,20 @@ def test_targets_that_cannot_be_met():
 
 def test_a_policy_file_serves_its_own_models_only(tmp_path):
     path = tmp_path / "policy.json"
-    policy = Policy(1.5, "flops", [1.0, 4.0], 3.0, {"speedup": 3.1}, ["a", "b"], {"rows": 9})
+    policy = Policy(
+        [1.5], costs={"flops": [1.0, 4.0]}, target={"speedup": 3.0}, models=["a", "b"],
+        backend="torch-float32", calibration={"rows": 9},
+    )  # fmt: skip
     policy.save(path)
     assert Policy.load(path, ["a", "b"]) == policy
+    assert Policy.load(path, ["a", "b"], "torch-float32") == policy
     stored = json.loads(path.read_text())
-    assert stored["threshold_probability"] == pytest.approx(1 / (1 + math.exp(-1.5)))
+    assert stored["probabilities"] == [pytest.approx(1 / (1 + math.exp(-1.5)))]
+    assert stored["created_by"].startswith("cascadebert ")
     with pytest.raises(ConfigError, match="made for other models; run `cascadebert calibrate`"):
         Policy.load(path, ["a", "c"])
+    with pytest.raises(ConfigError, match="made for backend torch-float32, and this is onnx-int8"):
+        Policy.load(path, ["a", "b"], "onnx-int8")
     with pytest.raises(ConfigError, match="no policy there"):
         Policy.load(tmp_path / "none.json", [])
     path.write_text(json.dumps(stored | {"version": 99}))
@@ -136,10 +149,15 @@ def test_a_policy_file_serves_its_own_models_only(tmp_path):
     with pytest.raises(ConfigError, match="Is a directory"):
         Policy.load(tmp_path, [])
     for content in (
-        json.dumps(stored | {"threshold": "abc"}),
+        json.dumps(stored | {"thresholds": ["abc"]}),
+        json.dumps(stored | {"thresholds": [float("nan")]}),
+        json.dumps(stored | {"thresholds": [1.0, 2.0]}),
+        json.dumps(stored | {"temperatures": [1.0]}),
+        json.dumps(stored | {"temperatures": [1.0, 0.0]}),
+        json.dumps(stored | {"score": "hope"}),
         "{",
         "[]",
-        '{"version": 1}',
+        '{"version": 2}',
         json.dumps(stored | {"surprise": 1}),
     ):
         path.write_text(content)
@@ -150,20 +168,89 @@ def test_a_policy_file_serves_its_own_models_only(tmp_path):
 def test_an_infinite_threshold_survives_the_file(tmp_path):
     logits, labels = random_stages(20, 2)
     policy = fit_policy(logits, labels, [1.0, 4.0], 0.1)
-    assert (exit_stage([log_odds(logits[0])], policy.threshold) == 1).all()
+    assert (exit_stage([log_odds(logits[0])], policy.thresholds) == 1).all()
     policy.save(tmp_path / "policy.json")
     assert "Infinity" not in (tmp_path / "policy.json").read_text()
 
 
-@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
-def test_dis_against_all_pairs(items):
-    pairs = [
-        1.0 if easy[0] > hard[0] else 0.5 if easy[0] == hard[0] else 0.0
-        for easy in items if not easy[1]
-        for hard in items if hard[1]
-    ]  # fmt: skip
-    value = dis([score for score, _ in items], [int(hard) for _, hard in items])
-    if pairs:
-        assert value == pytest.approx(100 * np.mean(pairs))
-    else:
-        assert math.isnan(value)
+def test_exactly_one_target():
+    logits, labels = random_stages(30, 2)
+    for wrong in ({}, {"target_speedup": 2.0, "min_accuracy": 0.5}):
+        with pytest.raises(ConfigError, match="name one target"):
+            fit_policy(logits, labels, [1.0, 4.0], **wrong)
+
+
+def test_the_fastest_thresholds_that_are_accurate_enough():
+    logits, labels = random_stages(300, 2, seed=4)
+    costs = [1.0, 5.0]
+    table = sweep(logits, labels, costs)
+    floor = float(table["accuracy"].quantile(0.6))
+    policy = fit_policy(logits, labels, costs, min_accuracy=floor)
+    good = table[table["accuracy"] >= floor]
+    assert policy.achieved["speedup"] == pytest.approx(good["speedup"].max())
+    assert policy.achieved["accuracy"] >= floor
+    with pytest.raises(
+        ConfigError, match=r"--min-accuracy 0\.99 is out of reach: the best on these"
+    ):
+        fit_policy(logits, labels, costs, min_accuracy=0.99)
+    with pytest.raises(ConfigError, match="must be a share from 0 to 1"):
+        fit_policy(logits, labels, costs, min_accuracy=92)
+    with pytest.raises(ConfigError, match="--min-accuracy: needs labels"):
+        fit_policy(logits, None, costs, min_accuracy=0.5)
+
+
+def test_a_budget_is_a_speed_up():
+    logits, labels = random_stages(300, 2, seed=4)
+    budget = fit_policy(logits, labels, [1.0, 5.0], max_cost=2.5)
+    assert budget.thresholds == fit_policy(logits, labels, [1.0, 5.0], 2.0).thresholds
+    assert 5.0 / budget.achieved["speedup"] <= 2.5
+    with pytest.raises(ConfigError, match=r"--max-cost 0\.5 is out of reach"):
+        fit_policy(logits, labels, [1.0, 5.0], max_cost=0.5)
+    with pytest.raises(ConfigError, match="--max-cost -1: must be above 0"):
+        fit_policy(logits, labels, [1.0, 5.0], max_cost=-1.0)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_separate_thresholds_are_what_running_them_gives(stages):
+    logits, labels = random_stages(60, stages, seed=stages)
+    costs = [float(3**number) for number in range(stages)]
+    scores = [log_odds(stage) for stage in logits[:-1]]
+    table = sweep_separate(logits, labels, costs, scores, cells=400)
+    assert len(table) > 8
+    for row in table.sample(min(len(table), 60), random_state=0).to_dict("records"):
+        bars = [row[f"threshold_{number + 1}"] for number in range(stages - 1)]
+        exits = exit_stage(scores, bars)
+        given = torch.stack([stage.argmax(dim=-1) for stage in logits])[exits, torch.arange(60)]
+        assert row["accuracy"] == pytest.approx(
+            float((given == torch.tensor(labels)).double().mean())
+        )
+        counts = torch.bincount(exits, minlength=stages).tolist()
+        assert row["speedup"] == pytest.approx(speedup(costs, counts))
+        assert [row[f"share_{n + 1}"] * 60 for n in range(stages)] == pytest.approx(counts)
+
+
+def test_separate_thresholds_are_never_worse_where_they_are_chosen():
+    logits, labels = random_stages(400, 3, seed=8)
+    costs = [1.0, 2.0, 8.0]
+    shared = fit_policy(logits, labels, costs, 2.0)
+    apart = fit_policy(logits, labels, costs, 2.0, separate=True)
+    assert apart.achieved["speedup"] >= 2.0
+    assert (
+        apart.achieved["accuracy"] >= shared.achieved["accuracy"] - 0.01
+    )  # on a grid of quantiles
+    assert apart.thresholds[0] != apart.thresholds[1]
+    with pytest.raises(ConfigError, match="needs labels"):
+        fit_policy(logits, None, costs, 2.0, separate=True)
+    with pytest.raises(ConfigError, match="for a shared threshold only"):
+        fit_policy(logits, labels, costs, max_risk=0.3, separate=True)
+
+
+def test_a_stage_that_adds_nothing_is_named():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (500,), generator=generator)
+    sure = torch.nn.functional.one_hot(labels, 2).float()
+    small = sure + 1.2 * torch.randn(500, 2, generator=generator)
+    large = 3 * sure + torch.randn(500, 2, generator=generator)
+    noise = torch.randn(500, 2, generator=generator) * 9  # sure of itself, and wrong
+    assert superfluous_stages([small, noise, large], labels.tolist(), [1.0, 4.0, 12.0], 2.0) == [1]
+    assert superfluous_stages([small, large], labels.tolist(), [1.0, 12.0], 2.0) == []

@@ -51,7 +51,8 @@ Each folder is a model of its own that `transformers` loads; together they answe
 Labels: {", ".join(labels)}. Trained on {len(examples)} {kind} of `{config.train_data}`, cut at
 {config.max_length} tokens, {", ".join(f"{value:g}" for value in config.epochs)} epochs, batch
 {config.batch_size}{"; " if recipe else ""}{"; ".join(recipe)}. `config.yaml` has every option,
-`metrics.jsonl` the losses, `environment.json` the command, versions and hardware (cascadebert {__version__}).
+`metrics.jsonl` the losses, `environment.json` the command, versions and hardware. Made with
+cascadebert {__version__}.
 
 Use:
 
@@ -59,6 +60,6 @@ Use:
     cascadebert evaluate --model FOLDER --test-data OTHER_ROWS
     cascadebert predict --model FOLDER --data NEW_ROWS --out answers.jsonl
 
-Limits: accuracy and speed hold for rows like those it was calibrated on, and only on the backend that the
-policy names. Nothing is known of other languages, topics or lengths until they are measured.
+Limits: accuracy and speed hold for rows like those it was calibrated on, and only on the backend that
+the policy names. Nothing is known of other languages, topics or lengths until they are measured.
 """

@@ -282,7 +282,7 @@ class Cascade:
         Raises:
             ConfigError: the target is out of reach, or needs labels; the message says which.
         """
-        config = config or CalibrateConfig(dev_data="", cost=cost, target_speedup=target_speedup)
+        config = config or CalibrateConfig(cost=cost, target_speedup=target_speedup)
         lengths = self.lengths(examples)
         costs = self.costs(lengths, measured=True)
         everything = [self.logits(number, examples) for number in range(len(self.stages))]
@@ -338,7 +338,7 @@ class Cascade:
 
 
 def _predictions(
-    labels: Sequence[str], stages: Tensor, logits: Tensor, truncated: Tensor
+    labels: list[str], stages: Tensor, logits: Tensor, truncated: Tensor
 ) -> Predictions:
     names = [labels[number] for number in logits.argmax(dim=-1).tolist()]
     return Predictions(names, stages, log_odds(logits), logits, truncated)

@@ -16,6 +16,7 @@ from cascadebert.config import (
     CascadeConfig,
     DataConfig,
     DifficultyConfig,
+    ServeConfig,
     TrainConfig,
     with_preset,
 )
@@ -124,27 +125,36 @@ def baseline(
 
 @app.command
 def calibrate(
+    dev_data: str,
     cascade: Flat[CascadeConfig],
-    config: Flat[CalibrateConfig],
+    config: Flat[CalibrateConfig] = CalibrateConfig(),
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
     data: Flat[DataConfig] = DataConfig(),
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
     """Choose thresholds on held-out rows and write the policy: a speed-up, an accuracy or a risk.
 
-    Rows without labels will do for a speed-up, a budget and --risk disagreement; give
-    --label-column none to say that there are none.
+    Rows without labels will do for a speed-up, a budget and --risk disagreement; --label-column none
+    says that there are none.
+
+    Args:
+        dev_data: Calibration rows, none of which may be reported on later.
+        out: The policy file; policy.json in the cascade's folder by default.
+        overwrite: Replace a policy file.
     """
     from octavo.rundir import refuse_existing
 
     from cascadebert.data import load_examples
 
     runtime.start()
-    out = config.out or _policy_path(cascade)
-    refuse_existing(out, config.overwrite)
+    out = out or _policy_path(cascade)
+    refuse_existing(out, overwrite)
     models = _load(cascade, runtime)
     labelled = data.label_column != "none"
     examples = load_examples(
-        config.dev_data, data, split="validation", labels=models.labels, labelled=labelled
+        dev_data, data, split="validation", labels=models.labels, labelled=labelled
     )
     policy = models.calibrate(examples, config=config)
     policy.save(out)
@@ -166,6 +176,49 @@ def calibrate(
         note=note,
         no="the last stage alone is faster: too few rows leave early for this target" * slower,
     )
+
+
+@app.command
+def export(
+    *,
+    model: tuple[str, ...],
+    int8: bool = False,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Write every stage as ONNX into its folder, for --backend onnx or onnx-int8.
+
+    Each file is compared with its model on random texts: the largest difference of a logit, and the
+    share of equal labels. A backend has its own confidences: calibrate again with it.
+
+    Args:
+        model: A folder that `train` made, or fine-tuned models, smallest first. Repeat it.
+        int8: Quantise the matrix products to 8 bits.
+        allow_partial: Load checkpoints although weights are missing or unused; they are listed.
+        overwrite: Replace earlier exports.
+    """
+    from cascadebert.onnx import PLAIN, export_cascade
+
+    runtime.start()
+    config = CascadeConfig(model=model, allow_partial=allow_partial)
+    models = _load(config, replace(runtime, device=PLAIN.device, dtype=PLAIN.dtype))
+    given = [Path(source).expanduser() for source in model]
+    folders = given if len(given) > 1 else [given[0] / stage.name for stage in models.stages]
+    rows = [
+        {
+            "stage": number,
+            "file": str(done.file),
+            "MB": done.megabytes,
+            "largest difference": done.difference,
+            "equal labels %": 100 * done.agreement,
+        }
+        for number, done in enumerate(export_cascade(models.stages, folders, int8, overwrite), 1)
+    ]
+    words = " ".join(f"--model {source}" for source in model)
+    backend = "onnx-int8" if int8 else "onnx"
+    note = f"Next: cascadebert calibrate {words} --backend {backend} --dev-data ROWS"
+    return Outcome({"Exported, beside PyTorch in float32": rows}, note=note)
 
 
 @app.command
@@ -238,6 +291,51 @@ def evaluate(
 
 
 @app.command
+def report(
+    test_data: str,
+    out: Path,
+    cascade: Flat[CascadeConfig],
+    *,
+    rival: tuple[Path, ...] = (),
+    policy: Path | None = None,
+    allow_same_split: bool = False,
+    overwrite: bool = False,
+    data: Flat[DataConfig] = DataConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Write a page of tables and figures on a cascade, beside early-exit rivals if there are any.
+
+    Args:
+        test_data: Labelled rows that the policy was not calibrated on.
+        out: Folder of report.html and report.md.
+        rival: Folder that `baseline` made. Repeat it.
+        policy: The policy file; policy.json in the cascade's folder by default.
+        allow_same_split: Report on the calibration rows all the same.
+        overwrite: Replace a report.
+    """
+    from octavo.rundir import refuse_existing
+
+    from cascadebert.data import load_examples
+    from cascadebert.exits import EarlyExit
+    from cascadebert.policy import Policy
+    from cascadebert.report import user_report, write_report
+
+    runtime.start()
+    refuse_existing(out, overwrite)
+    models = _load(cascade, runtime)
+    chosen = Policy.load(policy or _policy_path(cascade), models.hashes, models.backend)
+    rivals = {
+        folder.name: EarlyExit.from_pretrained(folder, models.labels, cascade.max_length, runtime)
+        for folder in rival
+    }
+    examples = load_examples(test_data, data, split="test", labels=models.labels)
+    page, rows = user_report(models, chosen, examples, rivals, allow_same_split=allow_same_split)
+    return Outcome(
+        {f"On {len(examples)} test rows": rows}, note=f"Report: {write_report(page, out)}"
+    )
+
+
+@app.command
 def words(out: Path, *, train: int = 8000, dev: int = 2000, test: int = 4000, seed: int = 0):
     """Write the embedded task as files: words and their number of syllables.
 
@@ -264,6 +362,7 @@ def demo(
     *,
     profile: Literal["quick", "full"] = "quick",
     seeds: Seeds = (0,),
+    data: Path | None = None,
     out: Path = Path("runs/cascadebert-demo"),
     overwrite: bool = False,
     runtime: Flat[Runtime] = Runtime(),
@@ -274,8 +373,9 @@ def demo(
     one gains little, and loses much beside other work.
 
     Args:
-        profile: quick (about a minute on two cores) or full (about five).
+        profile: quick (about a minute) or full (about ten, with every rival).
         seeds: Seeds to repeat it with; claims are judged on their means, like 0,1,2.
+        data: Folder with a pronouncing dictionary (cmudict.dict or .gz), for real words.
         out: Folder of the report.
         overwrite: Start anew where a demo already lies.
     """
@@ -283,7 +383,22 @@ def demo(
 
     runtime = replace(runtime, threads=runtime.threads or 1)
     runtime.start()
-    return run_demo(profile, seeds, out, overwrite, runtime)
+    return run_demo(profile, seeds, out, overwrite, runtime, data)
+
+
+@app.command
+def serve(
+    cascade: Flat[CascadeConfig],
+    config: Flat[ServeConfig] = ServeConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> None:
+    """Answer over HTTP; each stage batches what all callers send it or earlier stages defer to it."""
+    from cascadebert.serve import check_serve, run_service
+
+    check_serve(config)
+    runtime.start()
+    policies = config.policy or (_policy_path(cascade),)
+    run_service(lambda: _load(cascade, runtime), policies, config, runtime.threads)
 
 
 def _load(config: CascadeConfig, runtime: Runtime) -> "Cascade":

@@ -224,10 +224,7 @@ class CascadeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """What the threshold is chosen for."""
-
-    dev_data: str
-    """Calibration rows, none of which may be reported on later."""
+    """What thresholds are chosen for, and how."""
 
     target_speedup: float | None = None
     """How many times faster than the last stage alone, in the unit of --cost; 3 without a target."""
@@ -261,12 +258,6 @@ class CalibrateConfig:
 
     cost: CostKind = "flops"
     """What a stage's price is counted in: flops, layers (the paper's), parameters or latency."""
-
-    out: Path | None = None
-    """The policy file; policy.json in the cascade's folder by default."""
-
-    overwrite: bool = False
-    """Replace a policy file."""
 
 
 @dataclass(frozen=True, kw_only=True)

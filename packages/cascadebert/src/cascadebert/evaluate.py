@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from cascadebert.cost import speedup
 from cascadebert.data import Examples, seen_before
 from cascadebert.metrics import quality
 from cascadebert.policy import Policy
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +129,13 @@ def stage_quality(cascade: Cascade, policy: Policy, examples: Examples) -> list[
         temperature = policy.temperature(number)
         rows.append({"stage": number + 1} | quality(logits / temperature, labels))
     return rows
+
+
+def points(table: "pd.DataFrame", most: int = 200) -> dict[str, list[float]]:
+    """A sweep as a curve: speed-up and accuracy in percent at so many of its thresholds."""
+    rows = table.iloc[np.unique(np.linspace(0, len(table) - 1, most).astype(int))]
+    accuracy = 100 * rows["accuracy"].to_numpy(dtype=float)
+    return {"speedup": rows["speedup"].tolist(), "accuracy": accuracy.tolist()}
 
 
 def _timed(cascade: Cascade, examples: Examples, policy: Policy) -> tuple[Predictions, float]:

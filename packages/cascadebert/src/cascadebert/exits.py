@@ -29,7 +29,7 @@ from octavo.runtime import Runtime, is_main, seed_everything
 from octavo.training import TrainOptions, discard_checkpoints, fit
 from torch import Tensor, nn
 
-from cascadebert.config import BaselineConfig, Score
+from cascadebert.config import BaselineConfig
 from cascadebert.data import Examples
 from cascadebert.finetune import (
     collator,
@@ -53,11 +53,12 @@ log = logging.getLogger(__name__)
 EXITS = "exits.json"
 WEIGHTS = "exits.safetensors"
 
+Signal = Literal["max_probability", "entropy"]
 Rule = Literal["max_probability", "entropy", "patience"]
 
 
 class Exit(nn.Module):
-    """A pooler and a classifier on the first token's state, as DeeBERT's; a norm keeps deep states small."""
+    """A norm, a pooler and a classifier on the first token's state, as DeeBERT's."""
 
     def __init__(self, width: int, classes: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -313,7 +314,7 @@ class EarlyExit:
         except (OSError, ValueError) as error:
             raise ModelError(f"{place}: its exits cannot be read ({error})") from None
         model = load_model(AutoModelForSequenceClassification, place, dtype=torch.float32)
-        own = [str(model.config.id2label[i]) for i in range(len(model.config.id2label or {}))]
+        own = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
         if labels is not None and own != list(labels):
             raise ModelError(f"{folder}: its labels ({', '.join(own)}) are not {', '.join(labels)}")
         network = MultiExit(model)
@@ -441,7 +442,7 @@ def _dropping(model: nn.Module, size: int, alive: Any, after: Any) -> Iterator[N
 
 
 def exit_sweep(
-    logits: Sequence[Tensor], labels: Sequence[int], kind: Score = "entropy"
+    logits: Sequence[Tensor], labels: Sequence[int], kind: Signal = "entropy"
 ) -> pd.DataFrame:
     """Accuracy and speed-up in layers at every threshold, exactly, as `sweep` gives it of a cascade.
 

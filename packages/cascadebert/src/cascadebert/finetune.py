@@ -106,8 +106,8 @@ def classification_loss(smoothing: float = 0.0) -> Loss:
     return loss
 
 
-def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of a batch the model takes."""
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch or a row the model takes."""
     return {key: value for key, value in batch.items() if key not in EXTRAS}
 
 

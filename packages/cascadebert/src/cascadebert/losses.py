@@ -90,7 +90,7 @@ def distill_loss(
     teacher: Float[Tensor, "batch classes"],
     temperature: float = 2.0,
 ) -> Float[Tensor, ""]:
-    """Divergence from a larger model's softened answers, times temperature squared (Hinton et al. 2015)."""
+    """Divergence from a larger model's softened answers, times temperature squared (Hinton 2015)."""
     student = (logits / temperature).log_softmax(dim=-1)
     target = (teacher / temperature).log_softmax(dim=-1)
     return temperature**2 * kl_div(student, target, reduction="batchmean", log_target=True)

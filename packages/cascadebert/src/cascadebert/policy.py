@@ -192,7 +192,7 @@ def sweep(
 
     frame = _outcomes(logits, labels, costs, below, len(logits[0]), len(thresholds))
     frame.insert(0, "threshold", thresholds)
-    return frame[[*[name for name in frame if not name.startswith("share")],
+    return frame.loc[:, [*[name for name in frame if not name.startswith("share")],
                   *[f"share_{stage + 1}" for stage in range(stages)]]]  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def sweep_separate(
         As `sweep`, with `threshold_1` .. `threshold_n-1` instead of `threshold`.
     """
     free = len(logits) - 1
-    size = max(2, int(round(cells ** (1 / free))) - 2)
+    size = max(2, round(cells ** (1 / free)) - 2)
     grids, bins = [], []
     for values in scores:
         inner = np.unique(np.quantile(values.numpy(), np.linspace(0, 1, size), method="lower"))
@@ -346,32 +346,37 @@ def _fast_enough(
     costs: Any,
     cost: str,
     shared: bool,
-) -> Mapping[Any, Any]:
+) -> Mapping[str, float]:
     option = "--max-cost" if "cost" in asked else "--target-speedup"
     given = asked.get("cost", wanted)
     if not 0 < given < math.inf:
         raise ConfigError(f"{option} {given:g}: must be above 0")
-    fast = table[table["speedup"] >= wanted * (1 - 1e-12)]
-    if fast.empty:
+    fast = np.flatnonzero(table["speedup"].to_numpy(dtype=float) >= wanted * (1 - 1e-12))
+    if not len(fast):
         raise ConfigError(
             f"{option} {given:g} is out of reach: the first stage alone is "
             f"{costs[-1] / costs[0]:.2f} times faster than the last, counted in {cost}"
         )
-    return (fast.iloc[-1] if shared else fast.loc[fast["accuracy"].idxmax()]).to_dict()
+    best = fast[-1] if shared else fast[table["accuracy"].to_numpy(dtype=float)[fast].argmax()]
+    return _row(table, int(best))
 
 
-def _fastest(table: pd.DataFrame, accuracy: float) -> Mapping[Any, Any]:
+def _fastest(table: pd.DataFrame, accuracy: float) -> Mapping[str, float]:
     if "accuracy" not in table:
         raise ConfigError("--min-accuracy: needs labels")
     if not 0 < accuracy <= 1:
         raise ConfigError(f"--min-accuracy {accuracy:g}: must be a share from 0 to 1")
-    good = table[table["accuracy"] >= accuracy - 1e-12]
-    if good.empty:
+    good = np.flatnonzero(table["accuracy"].to_numpy(dtype=float) >= accuracy - 1e-12)
+    if not len(good):
         raise ConfigError(
             f"--min-accuracy {accuracy:g} is out of reach: the best on these rows is "
             f"{table['accuracy'].max():.4f}"
         )
-    return good.loc[good["speedup"].idxmax()].to_dict()
+    return _row(table, int(good[table["speedup"].to_numpy(dtype=float)[good].argmax()]))
+
+
+def _row(table: pd.DataFrame, number: int) -> Mapping[str, float]:
+    return {name: float(table[name].to_numpy()[number]) for name in map(str, table)}
 
 
 def _fit_risk(
@@ -399,8 +404,8 @@ def _fit_risk(
     )
 
 
-def _chosen(common: Policy, row: Mapping[Any, Any], stages: int) -> Policy:
-    numbers = {str(name): float(value) for name, value in row.items()}
+def _chosen(common: Policy, row: Mapping[str, float], stages: int) -> Policy:
+    numbers = dict(row)
     bars = [numbers.pop(name) for name in sorted(numbers) if name.startswith("threshold")]
     bars = bars if len(bars) == stages - 1 else bars * (stages - 1)
     return replace(common, thresholds=np.clip(bars, -FAR, FAR).tolist(), achieved=numbers)
@@ -428,8 +433,8 @@ def superfluous_stages(
         if len(members) == 1:
             return -1.0
         table = sweep([logits[i] for i in members], labels, [costs[i] for i in members])
-        fast = table[table["speedup"] >= speedup * (1 - 1e-12)]
-        return -1.0 if fast.empty else float(fast["accuracy"].max())
+        fast = table["speedup"].to_numpy(dtype=float) >= speedup * (1 - 1e-12)
+        return float(table["accuracy"].to_numpy(dtype=float)[fast].max()) if fast.any() else -1.0
 
     last = len(logits) - 1
     subsets = [

@@ -17,8 +17,6 @@ labels) and `gap` (harm minus help, from -1 to 1). Three ways to bound one:
 """
 
 import math
-from collections.abc import Callable
-from typing import get_args
 
 import numpy as np
 from octavo.errors import ConfigError
@@ -49,10 +47,8 @@ def item_losses(kind: RiskKind, answers: np.ndarray, labels: np.ndarray | None) 
         [stages, items], from 0 to 1, the gap from -1 to 1.
 
     Raises:
-        ConfigError: labels are needed, or there is no such risk.
+        ConfigError: labels are needed.
     """
-    if kind not in get_args(RiskKind):
-        raise ConfigError(f"{kind!r} is no risk; choose one of {', '.join(get_args(RiskKind))}")
     if kind == "disagreement":
         return (answers != answers[-1]).astype(float)
     if labels is None:
@@ -64,11 +60,17 @@ def item_losses(kind: RiskKind, answers: np.ndarray, labels: np.ndarray | None) 
     return harm.astype(float) if kind == "harm" else harm.astype(float) - (~wrong & wrong[-1])
 
 
-def binomial_p(failures: int, items: int, alpha: float) -> float:
-    """p-value that the risk of a 0/1 loss exceeds alpha: P(Bin(n, alpha) <= failures)."""
+def binomial_p(failures: np.ndarray, items: int, alpha: float) -> np.ndarray:
+    """p-values that the risk of a 0/1 loss exceeds alpha: P(Bin(n, alpha) <= failures).
+
+    Args:
+        failures: how many items failed, at each threshold.
+        items: how many there are.
+        alpha: the bound.
+    """
     from scipy.stats import binom
 
-    return float(binom.cdf(failures, items, alpha))
+    return np.asarray(binom.cdf(failures, items, alpha))
 
 
 def hoeffding_bentkus_p(mean: float, items: int, alpha: float) -> float:
@@ -99,12 +101,26 @@ def betting_p(losses: np.ndarray, alpha: float, delta: float) -> float:
     return float(min(1.0, math.exp(-max(0.0, float(capital.max())))))
 
 
-def walk(p_values: Callable[[int], float], steps: int, delta: float) -> int:
+def walk(p_values: np.ndarray, delta: float) -> int:
     """How many thresholds a fixed sequence shows safe: it stops BEFORE the first p-value above delta."""
-    for step in range(steps):
-        if p_values(step) > delta:
-            return step
-    return steps
+    above = np.flatnonzero(np.asarray(p_values) > delta)
+    return int(above[0]) if len(above) else len(p_values)
+
+
+def risk_sums(reach: np.ndarray, losses: np.ndarray, thresholds: np.ndarray = GRID) -> np.ndarray:
+    """The summed loss of all items at each threshold, shared by all stages.
+
+    Args:
+        reach: running maximum of each item's scores, [stages - 1, items].
+        losses: of each item if it left at each stage, [stages, items].
+        thresholds: any number of them.
+    """
+    total = np.full(len(thresholds), losses[0].sum())
+    for stage, change in enumerate(np.diff(losses, axis=0)):  # what going one stage further changes
+        order = np.argsort(reach[stage], kind="stable")
+        sums = np.concatenate([[0.0], np.cumsum(change[order])])
+        total += sums[np.searchsorted(reach[stage][order], thresholds, side="right")]
+    return total
 
 
 def safe_threshold(
@@ -142,8 +158,6 @@ def safe_threshold(
         raise ConfigError(f"--max-risk {alpha}: must lie between 0 and 1")
     if not 0 < delta < 1:
         raise ConfigError(f"--delta {delta}: must lie between 0 and 1")
-    if method not in get_args(Method):
-        raise ConfigError(f"{method!r} is no method; choose one of {', '.join(get_args(Method))}")
     if method == "crc" and kind not in ("harm", "disagreement"):
         raise ConfigError(f"--method crc: needs a risk that only rises; {kind} is none, use ltt")
     if kind != "gap" and method in ("ltt", "ucb") and items < min_calibration_size(alpha, delta):
@@ -154,35 +168,46 @@ def safe_threshold(
     if method == "crc":
         losses = np.maximum.accumulate(losses[::-1], axis=0)[::-1]  # what any later exit would cost
 
-    def at(step: int) -> np.ndarray:
-        stage = (reach <= GRID[step]).sum(axis=0)
-        return losses[stage, np.arange(items)]
-
-    order = np.random.default_rng(seed).permutation(items)
-
-    def p_value(step: int) -> float:
-        here = at(step)
-        if method == "empirical":
-            return 0.0 if here.mean() <= alpha + 1e-12 else 1.0
-        if method == "crc":
-            return 0.0 if (here.sum() + 1) / (items + 1) <= alpha + 1e-12 else 1.0
-        if kind == "gap":  # scaled into [0, 1]
-            here, bound = (here + 1) / 2, (alpha + 1) / 2
-        else:
-            bound = alpha
-        if method == "ucb":
-            return betting_p(here[order], bound, delta)
-        if kind == "gap":
-            return hoeffding_bentkus_p(float(here.mean()), items, bound)
-        return binomial_p(int(here.sum()), items, bound)
-
-    safe = walk(p_value, len(GRID), delta)
+    sums = risk_sums(reach, losses)
+    if method == "empirical":
+        p_values = np.where(sums / items <= alpha + 1e-12, 0.0, 1.0)
+    elif method == "crc":
+        p_values = np.where((sums + 1) / (items + 1) <= alpha + 1e-12, 0.0, 1.0)
+    elif method == "ucb":
+        order = np.random.default_rng(seed).permutation(items)
+        p_values = _betting_walk(reach[:, order], losses[:, order], kind, alpha, delta)
+    elif kind == "gap":  # scaled into [0, 1]
+        means = (sums / items + 1) / 2
+        p_values = np.array([hoeffding_bentkus_p(float(m), items, (alpha + 1) / 2) for m in means])
+    else:
+        p_values = binomial_p(np.rint(sums), items, alpha)
+    safe = walk(p_values, delta)
     if safe == 0:
         raise ConfigError(
             f"--max-risk {alpha:g}: cannot be shown even where the last stage answers everything "
-            f"({kind} {at(0).mean():.4f} on {items} rows, method {method}); allow more, or give more rows"
+            f"({kind} {sums[0] / items:.4f} on {items} rows, method {method}); allow more, or give "
+            "more rows"
         )
     return float(GRID[safe - 1])
+
+
+def _betting_walk(
+    reach: np.ndarray, losses: np.ndarray, kind: RiskKind, alpha: float, delta: float
+) -> np.ndarray:
+    """p-values along the grid up to the first that is too large, with 1 for all beyond."""
+    p_values = np.ones(len(GRID))
+    items, before, value = np.arange(losses.shape[1]), None, 1.0
+    for step, threshold in enumerate(GRID):
+        stage = (reach <= threshold).sum(axis=0)
+        if before is None or (stage != before).any():
+            here, bound = losses[stage, items], alpha
+            if kind == "gap":  # scaled into [0, 1]
+                here, bound = (here + 1) / 2, (alpha + 1) / 2
+            value, before = betting_p(here, bound, delta), stage
+        p_values[step] = value
+        if value > delta:
+            break
+    return p_values
 
 
 def guarantee_text(kind: RiskKind, alpha: float, delta: float, method: Method, items: int) -> str:

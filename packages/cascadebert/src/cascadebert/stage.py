@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from octavo import console
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo.models import load_model, load_tokenizer
 from octavo.runtime import Runtime
 from torch import Tensor
@@ -269,15 +269,43 @@ def _torch(model: "PreTrainedModel", runtime: Runtime) -> tuple[Forward, str]:
 
 
 def _compiled(model: "PreTrainedModel", runtime: Runtime) -> tuple[Forward, str]:
-    """The same through torch.compile, for any batch and length: it is not compiled anew for each."""
+    """The same through torch.compile: one graph for all batches and lengths, one for a single row."""
     device = runtime.torch_device()
+    _need_compiler(device)
     model.to(device)  # pyright: ignore[reportArgumentType]
-    compiled = torch.compile(model, dynamic=True)
+    compiled = torch.compile(model)
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
-        return compiled(**{key: value.to(device) for key, value in batch.items()}).logits
+        there = {key: value.to(device) for key, value in batch.items()}
+        for value in there.values():
+            # each size free by itself: dynamic=True would take a batch of 8 texts of 8 tokens for a
+            # square for good, and compile anew for the next shape
+            for size in (0, 1):
+                if value.shape[size] > 1:
+                    torch._dynamo.maybe_mark_dynamic(value, size)
+        return compiled(**there).logits
 
     return forward, f"compile-{str(runtime.torch_dtype()).removeprefix('torch.')}"
+
+
+def _need_compiler(device: torch.device) -> None:
+    """Find out at the door whether PyTorch can compile for a device here."""
+    from torch._inductor import cpp_builder
+    from torch.utils._triton import has_triton
+
+    needed = ""
+    if device.type == "cpu":
+        try:
+            cpp_builder.get_cpp_compiler()
+        except Exception:  # of a kind that differs from release to release
+            needed = "a C++ compiler (g++ or clang)"
+    elif device.type == "cuda" and not has_triton():
+        needed = "triton"
+    if needed:
+        raise ConfigError(
+            f"--backend compile: PyTorch needs {needed}, and there is none; install it, or use "
+            "another backend"
+        )
 
 
 def _spelling(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -2,15 +2,19 @@
 
 How many syllables a spelling has depends on the order of its letters: a final e is silent after a
 consonant, -ed sounds only after t and d, -es only after a hiss, two vowels are one sound in `boat` and
-two in `lion`. Deep models read that better than shallow ones, which is what a cascade needs. The
-label is true by construction, since the word is made from its syllables.
+two in `lion`. Two irregular classes make it as hard as real English: compounds hide a silent e inside
+(`lifeboat`), and borrowed words sound every vowel (`sake`), which only the whole word tells, and not
+always. Deep models read that better than shallow ones, which is what a cascade needs. The label is
+true by construction, since the word is made from its syllables.
 """
 
+import gzip
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, DataError
 from octavo.rundir import atomic
 
 from cascadebert.data import Examples
@@ -29,6 +33,7 @@ CODAS = "b ck d ff g l ll m mp n nd ng nt p r rd rk rm rn rt s ss st t tch th x"
 SHORT = "a e i o u".split()
 ONE_SOUND = "ai au ay ea ee ei ew ie oa oi oo ou ow oy ue".split()
 TWO_SOUNDS = "io ia iu eo ua ao".split()
+OPEN = "b d f g h k l m n p r s t v z".split()
 BETWEEN = (
     "b c d f g l m n p r s t v z bb dd ff ll mm nn pp rr ss tt ct lt mb nd nt rt sp st".split()
 )
@@ -65,6 +70,42 @@ def generate_words(count: int, seed: int = 0, longest: int = 13) -> Examples:
     return Examples([word for word, _ in kept], labels=[str(number) for _, number in kept])
 
 
+def read_dictionary(folder: Path) -> Examples:
+    """Real words with their number of syllables, from a pronouncing dictionary in CMUdict's format.
+
+    Words of 3 to 13 letters a to z with exactly one pronunciation; every phone that ends in a digit
+    is a vowel.
+
+    Args:
+        folder: holds `cmudict.dict`, plain or as `.gz`.
+
+    Raises:
+        DataError: there is no such file, or no word in it.
+    """
+    files = sorted(folder.glob("cmudict.dict*"))
+    if not files:
+        raise DataError(f"{folder}: holds no cmudict.dict or cmudict.dict.gz")
+    found: dict[str, list[int]] = {}
+    try:
+        with (gzip.open if files[0].suffix == ".gz" else open)(
+            files[0], "rt", encoding="latin-1"
+        ) as file:
+            for line in file:
+                word, *phones = line.partition("#")[0].split() or [""]
+                vowels = sum(phone[-1].isdigit() for phone in phones)
+                found.setdefault(word.partition("(")[0], []).append(vowels)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{files[0]}: cannot be read ({error})") from None
+    kept = {
+        word: min(vowels[0], 5)
+        for word, vowels in found.items()
+        if len(vowels) == 1 and vowels[0] and re.fullmatch("[a-z]{3,13}", word)
+    }
+    if not kept:
+        raise DataError(f"{files[0]}: holds no word with its pronunciation")
+    return Examples(list(kept), labels=[str(number) for number in kept.values()])
+
+
 def write_words(folder: Path, sizes: Sequence[tuple[str, int]], seed: int = 0) -> None:
     """Write splits of distinct words as `<split>.jsonl` into a folder.
 
@@ -90,10 +131,32 @@ def write_words(folder: Path, sizes: Sequence[tuple[str, int]], seed: int = 0) -
             start += size
 
 
+#: Shares of the irregular classes, and of vowel pairs that sound apart against the rule.
+COMPOUND, BORROWED, APART = 0.2, 0.12, 0.04
+
+
 def _word(source: random.Random, syllables: int) -> str:
-    """One word of that many syllables: a stem, and an ending with its own rule."""
+    """One word of that many syllables, of one of the classes."""
+    draw = source.random()
+    if draw < BORROWED and syllables >= 2:
+        return _borrowed(source, syllables)
+    if draw < BORROWED + COMPOUND and syllables >= 2:
+        first = source.randint(1, syllables - 1)
+        head = _joined(source, _stem(source, first), source.choice(("", "e")))
+        return head + _regular(source, syllables - first, onset=True)
+    return _regular(source, syllables)
+
+
+def _borrowed(source: random.Random, syllables: int) -> str:
+    """Open syllables, each vowel sounded, a final e too."""
+    parts = [source.choice(OPEN) + source.choice(SHORT) for _ in range(syllables)]
+    return "".join(parts)
+
+
+def _regular(source: random.Random, syllables: int, onset: bool = False) -> str:
+    """A stem, and an ending with its own rule."""
     ending, sounds = _ending(source, syllables)
-    stem = _stem(source, syllables - sounds)
+    stem = _stem(source, syllables - sounds, onset)
     return _joined(source, stem, ending)
 
 
@@ -109,12 +172,19 @@ def _ending(source: random.Random, syllables: int) -> tuple[str, int]:
     return source.choice([*fitting, ("", 0), ("", 0), ("e", 0), ("ed", 0)])
 
 
-def _stem(source: random.Random, syllables: int) -> str:
+def _stem(source: random.Random, syllables: int, onset: bool = False) -> str:
     """Onset, vowels and consonants between them; two vowels that sound apart fill two syllables."""
-    letters = source.choice(["", *ONSETS * 2]) if syllables > 1 else source.choice(ONSETS)
+    free = syllables > 1 and not onset
+    letters = source.choice(["", *ONSETS * 2]) if free else source.choice(ONSETS)
     left = syllables
     while left:
-        if left >= 2 and source.random() < 0.2:
+        if left >= 2 and source.random() < APART:  # diet, create: apart against the rule
+            letters += source.choice(("ea", "ie", "oa", "oe"))
+            left -= 2
+            if left:
+                letters += source.choice(BETWEEN)
+            continue
+        if left >= 2 and source.random() < 0.1:
             hissing = letters[-1:] in ("c", "s", "t")  # io is one sound in nation
             letters += source.choice(TWO_SOUNDS[1:] if hissing else TWO_SOUNDS)
             left -= 2

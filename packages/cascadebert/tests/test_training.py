@@ -1,0 +1,265 @@
+"""Difficulty, regularization and the other ways to train a stage."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cascadebert.cascade import Cascade
+from cascadebert.config import PAPER, FoldConfig, TrainConfig, with_preset
+from cascadebert.difficulty import load_difficulty, to_levels
+from cascadebert.train import stage_loss
+from octavo.errors import DataError
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+FAST = ["--alphabet", "char", "--max-length", 16, "--learning-rate", "4e-3", "--epochs", 2]
+
+
+def difficulty_words(words, out, *more):
+    return ["difficulty", "--model", "scratch:1x16", "--train-data", words, "--out", out, *FAST,
+            "--folds", 3, "--fold-seeds", 0, "--fold-seeds", 1, *more]  # fmt: skip
+
+
+def train_words(words, out, *more):
+    return ["train", "--model", "scratch:1x16", "--model", "scratch:1x32", "--train-data", words,
+            "--out", out, *FAST, *more]  # fmt: skip
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def measured(words, tmp_path_factory):
+    """Difficulty of the words, once."""
+    from cascadebert.cli import app
+    from octavo.cli import run
+
+    out = tmp_path_factory.mktemp("difficulty") / "run"
+    assert run(app, [*map(str, difficulty_words(words, out)), "--quiet"]) == 0
+    return out / "difficulty"
+
+
+def test_every_row_is_judged_once_a_seed_by_a_model_that_did_not_see_it(measured, words):
+    votes = [0] * 1200
+    for seed in (0, 1):
+        files = sorted(measured.glob(f"seed-{seed}-fold-*.json"))
+        assert len(files) == 3
+        for file in files:
+            for row in json.loads(file.read_text())["wrong"]:
+                votes[row] += 1
+    assert max(votes) == 2
+    found = rows(measured / "difficulty.jsonl")
+    assert [row["wrong_votes"] for row in found] == votes
+    assert [row["level"] for row in found] == [int(vote >= 1) for vote in votes]
+    share = sum(row["level"] for row in found) / 1200
+    assert 0.1 < share < 0.95
+    assert not (measured.parent / "checkpoints").exists()
+
+
+def test_longer_words_are_harder(measured, words):
+    levels = load_difficulty(measured / "difficulty.jsonl", 1200)
+    letters = [len(row["text"]) for row in rows(words / "train.jsonl")]
+    hard = [n for n, level in zip(letters, levels, strict=True) if level]
+    easy = [n for n, level in zip(letters, levels, strict=True) if not level]
+    assert sum(hard) / len(hard) > sum(easy) / len(easy)
+
+
+def test_folds_that_are_done_are_not_computed_again(measured, words, tmp_path):
+    """A real process, killed after its second fold."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cascadebert", *map(str, difficulty_words(words, out))],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while len(list(out.glob("difficulty/seed-*.json"))) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("difficulty/seed-*.json")}
+    assert not (out / "difficulty" / "difficulty.jsonl").exists()
+    again = subprocess.run(
+        [sys.executable, "-m", "cascadebert", *map(str, difficulty_words(words, out))],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+    for path in sorted(measured.iterdir()):
+        assert (out / "difficulty" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_rules():
+    votes = [0, 1, 2, 3]
+    assert to_levels(votes, 3, "majority") == [0, 0, 1, 1]
+    assert to_levels([0, 1, 2], 2, "majority") == [0, 1, 1]  # half of the seeds is enough
+    assert to_levels(votes, 3, "any") == [0, 1, 1, 1]
+    assert to_levels(votes, 3, "all") == [0, 0, 0, 1]
+    assert to_levels(votes, 3, "votes") == votes
+
+
+def test_a_difficulty_file_of_other_rows_is_refused(tmp_path):
+    file = tmp_path / "difficulty.jsonl"
+    file.write_text('{"wrong_votes": 1, "level": 1}\n')
+    assert load_difficulty(file, 1) == [1]
+    with pytest.raises(DataError, match="holds 1 rows where the training data has 2"):
+        load_difficulty(file, 2)
+    file.write_text("{\n")
+    with pytest.raises(DataError, match="not a difficulty file"):
+        load_difficulty(file, 1)
+    with pytest.raises(DataError, match="No such file"):
+        load_difficulty(tmp_path / "none", 1)
+
+
+CONFIG = TrainConfig(model=("a", "b"), train_data="x", out=Path("x"))
+
+
+class Echo(torch.nn.Module):
+    """Gives the logits of the batch back."""
+
+    def forward(self, input_ids):
+        return type("Output", (), {"logits": input_ids.float()})
+
+
+def test_the_loss_of_a_stage_by_hand():
+    batch = {
+        "input_ids": torch.tensor([[2, 0], [0, 1], [1, 0]]),
+        "labels": torch.tensor([0, 0, 1]),
+        "difficulty": torch.tensor([0, 1, 1]),
+        "teacher": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]),
+    }
+    logits = batch["input_ids"].float()
+    ce = cross_entropy(logits, batch["labels"])
+    plain = {key: batch[key] for key in ("input_ids", "labels")}
+    assert stage_loss(CONFIG, 10)(Echo(), plain) == ce
+    sure = logits.softmax(-1).max(-1).values
+    order = ((0.5 - (sure[0] - sure[1])) + (0.5 - (sure[0] - sure[2]))) / 2
+    dar = replace(CONFIG, dar_weight=0.7)
+    found = stage_loss(dar, 10)(Echo(), {**plain, "difficulty": batch["difficulty"]})
+    assert found.item() == pytest.approx((ce + 0.7 * order).item())
+    smooth = stage_loss(replace(CONFIG, label_smoothing=0.1), 10)(Echo(), plain)
+    expected = cross_entropy(logits, batch["labels"], label_smoothing=0.1)
+    assert smooth.item() == pytest.approx(expected.item())
+    distilled = replace(CONFIG, distill_weight=1.0, distill_temperature=1.0)
+    soft = stage_loss(distilled, 10)(Echo(), {**plain, "teacher": logits})
+    assert soft.item() == pytest.approx(0, abs=1e-6)
+    online = stage_loss(replace(dar, difficulty="online", online_from=0.15), 10)
+    early, late = online(Echo(), plain), online(Echo(), plain)
+    assert early == ce  # the first of ten steps: not yet
+    hard = torch.tensor([0, 1, 1])  # of the moment: the second and third are wrong
+    assert late.item() == pytest.approx((ce + 0.7 * order).item()), hard
+
+
+def test_regularized_training_goes_the_whole_way(words, command, tmp_path, measured):
+    run = tmp_path / "run"
+    code, _, err = command(*train_words(words, run, "--dar-weight", 0.5, "--folds", 3,
+                                        "--fold-seeds", 0, "--fold-seeds", 1))  # fmt: skip
+    assert code == 0, err
+    assert (run / "difficulty-1" / "difficulty.jsonl").exists()
+    assert not (run / "difficulty-2").exists()  # the last stage never defers
+    assert len(rows(run / "difficulty-1" / "difficulty.jsonl")) == 1200
+    plain = tmp_path / "plain"
+    assert command(*train_words(words, plain))[0] == 0
+    first, second = (load_file(at / "stage-1" / "model.safetensors") for at in (run, plain))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    first, second = (load_file(at / "stage-2" / "model.safetensors") for at in (run, plain))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    card = (run / "README.md").read_text()
+    assert "difficulty-aware regularization (lambda 0.5" in card
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "regularization" not in (plain / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dar-weight", 0.5, "--difficulty", "online", "--pairing", "sampled"],
+        ["--distill-weight", 0.5],
+        ["--gatekeeper-weight", 0.3],
+    ],
+)
+def test_other_ways_to_train_a_stage(words, command, tmp_path, options, trained):
+    run = tmp_path / "run"
+    code, _, err = command(*train_words(words, run, *options))
+    assert code == 0, err
+    assert sorted(path.name for path in run.iterdir()) == [
+        "README.md", "cascade.json", "config.yaml", "environment.json", "metrics.jsonl",
+        "stage-1", "stage-2"]  # fmt: skip
+    order = list(dict.fromkeys(line["training"] for line in rows(run / "metrics.jsonl")))
+    if "--distill-weight" in options:
+        assert order == ["stage-2", "stage-1"]  # the teacher first
+    if "--gatekeeper-weight" in options:
+        assert order == ["stage-1", "stage-1-gatekeeper", "stage-2"]
+    assert Cascade.from_pretrained([run]).pairs is False
+
+
+def test_the_papers_preset():
+    config = with_preset(TrainConfig(train_data="x", out=Path("x"), preset="paper"))
+    assert config.model == ("google/bert_uncased_L-2_H-768_A-12", "bert-base-uncased")
+    assert (config.learning_rate, config.epochs, config.batch_size) == ((2e-5,), (5.0,), 16)
+    assert (config.dar_weight, config.dar_margin, config.pairing) == (0.5, 0.5, "sampled")
+    own = TrainConfig(
+        train_data="x", out=Path("x"), preset="paper", model=("a", "b"), batch_size=64
+    )
+    assert (with_preset(own).model, with_preset(own).batch_size) == (("a", "b"), 64)
+    assert with_preset(CONFIG) == CONFIG
+    assert set(PAPER) <= set(TrainConfig.__dataclass_fields__)
+
+
+def test_an_early_exit_rival_from_the_command_line(words, calibrated, command, tmp_path):
+    made = []
+    for kind, model in (("deebert", calibrated / "stage-2"), ("joint", "scratch:2x32")):
+        out = tmp_path / kind
+        code, _, err = command("baseline", "--kind", kind, "--model", model, "--train-data", words,
+                               "--out", out, *FAST)  # fmt: skip
+        assert code == 0, err
+        assert (out / "model" / "exits.safetensors").exists()
+        assert not (out / "checkpoints").exists()
+        made += ["--rival", out]
+    code, _, err = command("report", "--model", calibrated, "--test-data", words / "test.jsonl",
+                           "--out", tmp_path / "page", *made)  # fmt: skip
+    assert code == 0, err
+    page = (tmp_path / "page" / "report.html").read_text()
+    for words_there in ("deebert", "joint", "cascade, by stage", "Reliability of stage 2"):
+        assert words_there in page
+    assert page.count("data:image/png") == 2
+    code, _, err = command("report", "--model", calibrated, "--test-data", words / "test.jsonl",
+                           "--out", tmp_path / "page")  # fmt: skip
+    assert (code, "exists already" in err) == (2, True)
+
+
+def test_settings_that_cannot_be(words, command, tmp_path):
+    out = tmp_path / "out"
+    train = train_words(words, out)
+    for message, line in {
+        "--dar-weight -1.0: must be 0 or more": [*train, "--dar-weight=-1"],
+        "--dar-margin 2.0: must be from 0 to 1": [*train, "--dar-margin", 2],
+        "--online-from 1.0: must be a share": [*train, "--online-from", 1],
+        "--gatekeeper-weight 1.0": [*train, "--gatekeeper-weight", 1],
+        "--distill-weight 2.0": [*train, "--distill-weight", 2],
+        "--distill-temperature 0.0": [*train, "--distill-temperature", 0],
+        "--label-smoothing 1.0": [*train, "--label-smoothing", 1],
+        "--folds 1: must be from 2": [*train, "--dar-weight", 0.5, "--folds", 1],
+        "--folds 5000: must be from 2 to the number of rows (1200)": difficulty_words(
+            words, out, "--folds", 5000
+        ),
+        "give one or more, none twice": difficulty_words(words, out, "--fold-seeds", 1),
+        "--learning-rate: give one value, or one for each of the 1": [
+            *difficulty_words(words, out), "--learning-rate", 1
+        ],
+    }.items():  # fmt: skip
+        code, _, err = command(*line, "--quiet")
+        assert (code, message in err) == (2, True), err
+        assert not out.exists()
+
+
+def test_folds_are_a_part_of_the_configuration():
+    assert FoldConfig().folds == CONFIG.folds == 5
