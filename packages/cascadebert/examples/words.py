@@ -26,10 +26,10 @@ def main(out: Path, size: int = 2000) -> None:
     with RunDir.open(out, options_of(config)) as run:
         train_cascade(train, config, run)
 
-    cascade = Cascade.from_pretrained([out])
+    cascade = Cascade.from_pretrained(out)
     policy = cascade.calibrate(dev, target_speedup=2)
     asked = Examples(["making", "helped", "wanted", "lion", "unhappiness"])
-    answers = cascade.predict(asked, policy.threshold)
+    answers = cascade.predict(asked, policy)
     for word, label, stage, sure in zip(
         asked.texts, answers.labels, answers.stages, answers.confidence, strict=True
     ):

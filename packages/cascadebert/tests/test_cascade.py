@@ -3,12 +3,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cascadebert.cascade import Cascade, single
 from cascadebert.config import CalibrateConfig
 from cascadebert.data import Examples, seen_before
-from cascadebert.evaluate import compare
+from cascadebert.evaluate import bench_engines, compare, oracle_point, random_curve
 from cascadebert.policy import Policy
 from cascadebert.scores import log_odds
 from cascadebert.stage import Stage
@@ -363,6 +364,49 @@ def test_every_score_is_calibrated_and_run_alike(pair, score, texts):
     assert 0 < int(answers.stages.sum()) < len(examples)
 
 
+def test_a_stage_that_does_not_pay_is_named(pair):
+    cascade = Cascade.from_pretrained([pair[0], pair[0], pair[1]], runtime=CPU)
+    asked = Examples([f"one {n} two" * (1 + n % 7) for n in range(80)])
+    truth = [LABELS[number] for number in cascade.logits(2, asked).argmax(-1)]
+    policy = cascade.calibrate(Examples(asked.texts, labels=truth), 1.3)
+    assert policy.calibration["superfluous"] == [1]  # the same model again
+
+
+def test_models_are_joined_into_one_folder(pair, texts, tmp_path):
+    cascade, examples = Cascade.from_pretrained(pair, runtime=CPU), Examples(texts)
+    policy = middle(cascade, examples)
+    cascade.save_pretrained(tmp_path / "joined")
+    again = Cascade.from_pretrained(tmp_path / "joined", runtime=CPU)
+    assert again.hashes == cascade.hashes
+    assert again.predict(examples, policy).labels == cascade.predict(examples, policy).labels
+    with pytest.raises(ConfigError, match="exists already"):
+        cascade.save_pretrained(tmp_path / "joined")
+
+
+def test_ways_to_run_a_cascade_are_timed_and_agree(pair, texts, monkeypatch):
+    cascade, examples = Cascade.from_pretrained(pair, runtime=CPU), Examples(texts)
+    policy = middle(cascade, examples)
+    rows = {row["engine"]: row for row in bench_engines(cascade, policy, examples, 1)}
+    assert list(rows) == ["stage 1 alone", "stage 2 alone", "pooled", "compacted, batch 16",
+                          "run-all", "bound"]  # fmt: skip
+    assert rows["stage 2 alone"]["speed-up"] == 1
+    deferred = float((cascade.run_all(examples, policy).stages == 1).double().mean())
+    expected = 1 / (1 / rows["stage 1 alone"]["speed-up"] + deferred)
+    assert rows["bound"]["speed-up"] == pytest.approx(expected)
+    monkeypatch.setattr(Cascade, "run_all", lambda self, some, _: self.predict(some, Policy([1e9])))
+    with pytest.raises(ModelError, match="run-all: answers"):
+        bench_engines(cascade, policy, examples, 1)
+
+
+def test_curves_that_bound_a_cascade():
+    right = [np.array([True, False, False, True]), np.array([True, True, False, False])]
+    best = oracle_point([1.0, 4.0], right)
+    assert best == {"speedup": [pytest.approx(16 / (2 * 1 + 2 * 5))], "accuracy": [75.0]}
+    random = random_curve([1.0, 4.0], 50.0, 80.0)
+    assert (random["speedup"][0], random["accuracy"][0]) == (4.0, 50.0)
+    assert (random["speedup"][-1], random["accuracy"][-1]) == (pytest.approx(0.8), 80.0)
+
+
 def test_calibration_without_labels(pair, texts):
     cascade, unlabelled = Cascade.from_pretrained(pair, runtime=CPU), Examples(texts * 10)
     policy = cascade.calibrate(unlabelled, 1.2)
@@ -371,6 +415,7 @@ def test_calibration_without_labels(pair, texts):
     policy = cascade.calibrate(unlabelled, config=agreement)
     assert policy.guarantee["risk"] == "disagreement"
     assert policy.guarantee["measured"] <= 0.5
+    wrong: dict
     for wrong in ({"max_risk": 0.5}, {"min_accuracy": 0.5}, {"temperature": True},
                   {"score": "learned"}):  # fmt: skip
         with pytest.raises(ConfigError, match="needs labels"):

@@ -175,6 +175,7 @@ def test_an_infinite_threshold_survives_the_file(tmp_path):
 
 def test_exactly_one_target():
     logits, labels = random_stages(30, 2)
+    wrong: dict
     for wrong in ({}, {"target_speedup": 2.0, "min_accuracy": 0.5}):
         with pytest.raises(ConfigError, match="name one target"):
             fit_policy(logits, labels, [1.0, 4.0], **wrong)
@@ -184,7 +185,7 @@ def test_the_fastest_thresholds_that_are_accurate_enough():
     logits, labels = random_stages(300, 2, seed=4)
     costs = [1.0, 5.0]
     table = sweep(logits, labels, costs)
-    floor = float(table["accuracy"].quantile(0.6))
+    floor = float(np.quantile(table["accuracy"].to_numpy(), 0.6))
     policy = fit_policy(logits, labels, costs, min_accuracy=floor)
     good = table[table["accuracy"] >= floor]
     assert policy.achieved["speedup"] == pytest.approx(good["speedup"].max())

@@ -24,11 +24,11 @@ import torch
 from cascadebert.cascade import Cascade
 from cascadebert.config import ServeConfig
 from cascadebert.data import Examples, load_examples
-from cascadebert.monitor import Drift
 from cascadebert.policy import Policy
-from cascadebert.routes import Gate, Service, make_app
-from cascadebert.scheduler import Point
 from cascadebert.scores import log_odds
+from cascadebert.serving.monitor import Drift
+from cascadebert.serving.routes import Gate, Service, make_app
+from cascadebert.serving.scheduler import Point
 from octavo.runtime import Runtime
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -7,12 +7,15 @@ from cascadebert.words import SHARES, generate_words, write_words
 from octavo.errors import ConfigError
 
 
-def test_no_spelling_has_two_labels_whatever_the_seed():
-    labels = {}
+def test_irregular_words_make_a_few_spellings_ambiguous():
+    """As in English: read, sake. Within one seed no spelling comes twice, so no label is wrong."""
+    labels: dict[str, set[str]] = {}
     for seed in range(4):
         words = generate_words(20_000, seed)
         for word, label in zip(words.texts, words.labels or [], strict=True):
-            assert labels.setdefault(word, label) == label
+            labels.setdefault(word, set()).add(label)
+    share = sum(len(known) > 1 for known in labels.values()) / len(labels)
+    assert 0 < share < 0.02
 
 
 def test_shares_lengths_and_spelling():
@@ -36,7 +39,7 @@ def test_a_seed_is_its_words():
         (r"[^aeiou]+[aeiou](ll|ck|mp|ff)ed", "1"),  # helped
         (r"[^aeiou]+[aeiou](t|d|nd)ed", "2"),  # wanted
         (r"[^aeiou]+(ai|oa|ee)(n|t|p)", "1"),  # boat: two vowels, one sound
-        (r"[bdlmnpr]?[bdlmnpr](io|ia)(n|t|p)", "2"),  # lion: two sounds
+        (r"[bcdlmnprt]*(io|ia)(n|t|p|r|l|nd|nt)", "2"),  # lion: two sounds
     ],
 )
 def test_the_rules_of_spelling_hold(pattern, label):
@@ -47,7 +50,8 @@ def test_the_rules_of_spelling_hold(pattern, label):
         if re.fullmatch(pattern, word) and not word.startswith("y")
     ]
     assert len(found) >= 3
-    assert {known for _, known in found} == {label}
+    kept = sum(known == label for _, known in found) / len(found)
+    assert kept > 0.75  # the others are borrowed, or sound apart against the rule
 
 
 def test_splits_are_disjoint_files(tmp_path):

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from octavo.errors import ConfigError, DataError, ModelError
+from octavo.rundir import atomic, refuse_existing, write_json
 from octavo.runtime import Runtime
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from cascadebert.config import Backend, CalibrateConfig, CostKind
 from cascadebert.cost import StageCost
 from cascadebert.data import Examples, encoded_hashes
 from cascadebert.metrics import fit_temperature
-from cascadebert.policy import Policy, fit_policy
+from cascadebert.policy import Policy, fit_policy, superfluous_stages
 from cascadebert.scores import fit_head, log_odds
 from cascadebert.stage import Encoded, Stage, load_stage
 
@@ -140,6 +141,25 @@ class Cascade:
             stages.append(stage)
         return cls(stages, labels or [], batch_tokens, pairs)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all stages into one folder, each as the ecosystem does, and what joins them.
+
+        Raises:
+            ConfigError: something is there already.
+        """
+        out = Path(folder)
+        refuse_existing(out, overwrite=False)
+        names = [f"stage-{number + 1}" for number in range(len(self.stages))]
+        longest = max(stage.max_length for stage in self.stages)
+        with atomic(out) as temporary:
+            temporary.mkdir()
+            for name, stage in zip(names, self.stages, strict=True):
+                stage.model.save_pretrained(temporary / name)
+                stage.tokenizer.save_pretrained(temporary / name)
+            manifest = {"stages": names, "labels": self.labels, "max_length": longest}
+            known = {} if self.pairs is None else {"pairs": self.pairs}
+            write_json(temporary / MANIFEST, manifest | known)
+
     @property
     def hashes(self) -> list[str]:
         """Hash of each stage's weights, by which a policy knows its models."""
@@ -212,8 +232,13 @@ class Cascade:
             policy: the thresholds.
             pool: how many items are pooled at a time, so that survivors of all of them share the
                 large model's batches; 0 for all. The answers are the same.
+
+        Raises:
+            ConfigError: the policy is of another number of stages, or holds what is no number.
+            DataError: pairs are given to models of single texts, or the other way round.
         """
         self.check(examples)
+        policy.check(len(self.stages))
         if pool and len(examples) > pool:
             starts = range(0, len(examples), pool)
             parts = [
@@ -320,7 +345,7 @@ class Cascade:
         )
         first = policy.score_of(0, everything[0]).double()
         deciles = first.quantile(torch.linspace(0.1, 0.9, 9, dtype=torch.float64)).tolist()
-        calibration = {
+        calibration: dict[str, Any] = {
             "rows": len(examples),
             "labelled": labels is not None,
             "lengths": lengths,
@@ -328,6 +353,10 @@ class Cascade:
             "hash": examples.fingerprint(),
             "row_hashes": encoded_hashes(examples),
         }
+        if labels is not None and len(self.stages) > 2:
+            prices = [price.of(config.cost) for price in costs]
+            speed = policy.achieved["speedup"]
+            calibration["superfluous"] = superfluous_stages(everything, labels, prices, speed)
         return replace(
             policy,
             costs={unit: [price.of(unit) for price in costs] for unit in get_args(CostKind)},

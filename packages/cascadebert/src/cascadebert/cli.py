@@ -170,6 +170,8 @@ def calibrate(
     note = f"Policy: {out}"
     if policy.guarantee:
         note += f"\nGuarantee: {policy.guarantee['text']}"
+    for stage in policy.calibration.get("superfluous", []):
+        note += f"\nStage {stage + 1} adds nothing at this speed: a cascade without it does as well"
     slower = policy.achieved["speedup"] < 1
     return Outcome(
         {f"On the {len(examples)} calibration rows": [row]},
@@ -291,6 +293,39 @@ def evaluate(
 
 
 @app.command
+def bench(
+    source: Annotated[str, Parameter(name="--data")],
+    cascade: Flat[CascadeConfig],
+    *,
+    policy: Path | None = None,
+    tries: int = 3,
+    data: Flat[DataConfig] = DataConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Time the pooled engine against other ways to run the same cascade, on your texts and machine.
+
+    Args:
+        source: Rows with texts; a few hundred are enough.
+        policy: The policy file; policy.json in the cascade's folder by default.
+        tries: Of each way; the best counts.
+    """
+    from octavo.errors import ConfigError
+
+    from cascadebert.data import load_examples
+    from cascadebert.evaluate import bench_engines
+    from cascadebert.policy import Policy
+
+    if tries < 1:
+        raise ConfigError(f"--tries {tries}: must be 1 or more")
+    runtime.start()
+    models = _load(cascade, runtime)
+    chosen = Policy.load(policy or _policy_path(cascade), models.hashes, models.backend)
+    examples = load_examples(source, data, split="test", labelled=False)
+    rows = bench_engines(models, chosen, examples, tries)
+    return Outcome({f"{len(examples)} texts, backend {models.backend}": rows})
+
+
+@app.command
 def report(
     test_data: str,
     out: Path,
@@ -392,8 +427,11 @@ def serve(
     config: Flat[ServeConfig] = ServeConfig(),
     runtime: Flat[Runtime] = Runtime(),
 ) -> None:
-    """Answer over HTTP; each stage batches what all callers send it or earlier stages defer to it."""
-    from cascadebert.serve import check_serve, run_service
+    """Answer over HTTP; each stage batches what all callers send it or earlier stages defer to it.
+
+    The stages compute at the same time: --threads is of each, by default they share the cores.
+    """
+    from cascadebert.serving.process import check_serve, run_service
 
     check_serve(config)
     runtime.start()

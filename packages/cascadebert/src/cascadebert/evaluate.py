@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
-from octavo.errors import ConfigError, DataError
+from octavo.errors import ConfigError, DataError, ModelError
 from octavo.stats import bootstrap_interval, mcnemar
 
 from cascadebert.cascade import Cascade, Predictions, single
@@ -136,6 +137,95 @@ def points(table: "pd.DataFrame", most: int = 200) -> dict[str, list[float]]:
     rows = table.iloc[np.unique(np.linspace(0, len(table) - 1, most).astype(int))]
     accuracy = 100 * rows["accuracy"].to_numpy(dtype=float)
     return {"speedup": rows["speedup"].tolist(), "accuracy": accuracy.tolist()}
+
+
+def random_curve(costs: Sequence[float], small: float, large: float) -> dict[str, list[float]]:
+    """What deferring at random would give, from none to all.
+
+    Args:
+        costs: of the first and of the last stage.
+        small: accuracy of the first, in percent.
+        large: accuracy of the last.
+    """
+    shares = np.linspace(0, 1, 50)
+    return {
+        "speedup": (costs[1] / (costs[0] + shares * costs[1])).tolist(),
+        "accuracy": (small + shares * (large - small)).tolist(),
+    }
+
+
+def oracle_point(costs: Sequence[float], right: Sequence[np.ndarray]) -> dict[str, list[float]]:
+    """What a perfect signal would reach: an item leaves at the first stage that is right, else last.
+
+    Args:
+        costs: of the stages.
+        right: whether each stage is right, each [items] of bool.
+    """
+    exits = np.argmax(np.stack([*right[:-1], np.ones_like(right[0], dtype=bool)]), axis=0)
+    wrong = ~np.any(np.stack(right), axis=0)
+    exits[wrong] = len(right) - 1
+    counts = np.bincount(exits, minlength=len(right))
+    return {"speedup": [speedup(costs, counts)], "accuracy": [100 * float((~wrong).mean())]}
+
+
+def bench_engines(
+    cascade: Cascade, policy: Policy, examples: Examples, tries: int = 3
+) -> list[dict[str, Any]]:
+    """Seconds of each way to run a cascade on the same texts, checked for equal labels.
+
+    Args:
+        cascade: the models.
+        policy: the thresholds.
+        examples: texts; labels are not looked at.
+        tries: of each way, in turns, so that a busy moment strikes them all.
+
+    Returns:
+        A row each: the last stage alone (what speed-ups are against), every stage alone, pooled,
+        compacted within batches of 16, run-all as the authors' code does, and the bound that
+        pooling cannot beat, 1 / (t_first / t_last + ...) with each stage's share of visits.
+
+    Raises:
+        ModelError: a way answers otherwise.
+    """
+    stages = len(cascade.stages)
+    ways: dict[str, Callable[[], Predictions]] = {
+        f"stage {number + 1} alone": partial(single(cascade, number).predict, examples, Policy([]))
+        for number in range(stages)
+    }
+    ways |= {
+        "pooled": partial(cascade.predict, examples, policy),
+        "compacted, batch 16": partial(cascade.predict, examples, policy, 16),
+        "run-all": partial(cascade.run_all, examples, policy),
+    }
+    took = dict.fromkeys(ways, float("inf"))
+    answers: dict[str, Predictions] = {}
+    for _ in range(tries):
+        for name, work in ways.items():
+            begin = time.perf_counter()
+            answers[name] = work()
+            took[name] = min(took[name], time.perf_counter() - begin)
+    pooled = answers["pooled"]
+    for name in ("compacted, batch 16", "run-all"):
+        differ = sum(a != b for a, b in zip(answers[name].labels, pooled.labels, strict=True))
+        if differ > 0.001 * len(examples):  # ties at a threshold may fall either way
+            raise ModelError(
+                f"{name}: answers {differ} of {len(examples)} texts otherwise than pooled"
+            )
+    last = took[f"stage {stages} alone"]
+    visits = [float((pooled.stages >= number).double().mean()) for number in range(stages)]
+    alone = [took[f"stage {number + 1} alone"] for number in range(stages)]
+    bound = last / sum(share * seconds for share, seconds in zip(visits, alone, strict=True))
+    rows: list[dict[str, Any]] = [
+        {
+            "engine": name,
+            "seconds": seconds,
+            "texts a second": len(examples) / seconds,
+            "speed-up": last / seconds,
+            "of the bound %": 100 * last / seconds / bound if "alone" not in name else None,
+        }
+        for name, seconds in took.items()
+    ]
+    return [*rows, {"engine": "bound", "speed-up": bound}]
 
 
 def _timed(cascade: Cascade, examples: Examples, policy: Policy) -> tuple[Predictions, float]:

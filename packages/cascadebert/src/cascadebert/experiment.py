@@ -27,7 +27,7 @@ from cascadebert.cascade import Cascade
 from cascadebert.config import BaselineConfig, FoldConfig, TrainConfig
 from cascadebert.data import Examples
 from cascadebert.difficulty import build_difficulty
-from cascadebert.evaluate import points
+from cascadebert.evaluate import oracle_point, points, random_curve
 from cascadebert.exits import (
     EarlyExit,
     Signal,
@@ -469,17 +469,12 @@ class Measured:
         for method, (_, _, test) in self.exits.items():
             for rule, word in RULES.items():
                 curves[f"{method} {word}"] = points(exit_sweep(test, self.test.labels, rule))
-        if "2x32" in self.names:
-            curves["oracle 2x32"] = self._oracle()
-
-    def _oracle(self) -> dict[str, list[float]]:
-        """The first stage that is right, else the last: what a perfect signal would reach."""
-        small, large = (self._hits(self.logits[m][1]) for m in ("2x32", self.large))
-        costs = self._costs(["2x32", self.large])
-        deferred = float((~small & large).mean())
-        best = 100 * float((small | large).mean())
-        self.numbers["oracle"] = best
-        return {"speedup": [costs[1] / (costs[0] + deferred * costs[1])], "accuracy": [best]}
+        members, hits = ["2x32", self.large], []
+        for name in members:
+            hits.append(self._hits(self.logits[name][1]))
+        costs, accuracies = self._costs(members), [100 * float(hit.mean()) for hit in hits]
+        curves["deferred at random"] = random_curve(costs, *accuracies)
+        curves["oracle 2x32"] = oracle_point(costs, hits)
 
     def order_table(self) -> None:
         """DIS of every layer's exit and of the complete models: the paper's heat map."""

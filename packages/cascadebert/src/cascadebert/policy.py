@@ -109,12 +109,15 @@ class Policy:
             for derived in ("created_by", "probabilities"):
                 content.pop(derived)
             policy = cls(**content)
-            policy.check(len(models))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no policy there; run `cascadebert calibrate`") from None
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: not a policy file ({error})") from None
+        try:
+            policy.check(len(policy.models))
+        except (ConfigError, ValueError, TypeError) as error:
             raise ConfigError(f"{path}: not a policy file ({error})") from None
         if policy.models != list(models):
             raise ConfigError(f"{path}: made for other models; run `cascadebert calibrate` again")
@@ -129,19 +132,19 @@ class Policy:
         """Refuse thresholds and temperatures that do not fit so many stages.
 
         Raises:
-            ValueError: one is not a number, or there are too few or too many.
+            ConfigError: one is not a number, or there are too few or too many.
         """
         for threshold in self.thresholds:
             if math.isnan(float(threshold)):
-                raise ValueError("a threshold is not a number")
+                raise ConfigError("a threshold is not a number")
         if len(self.thresholds) != stages - 1:
-            raise ValueError(f"{len(self.thresholds)} thresholds for {stages} stages")
+            raise ConfigError(f"{len(self.thresholds)} thresholds for {stages} stages")
         if self.temperatures and len(self.temperatures) != stages:
-            raise ValueError(f"{len(self.temperatures)} temperatures for {stages} stages")
+            raise ConfigError(f"{len(self.temperatures)} temperatures for {stages} stages")
         if any(not 0 < float(value) < math.inf for value in self.temperatures):
-            raise ValueError("a temperature is not above 0")
+            raise ConfigError("a temperature is not above 0")
         if self.score not in get_args(Score):
-            raise ValueError(f"unknown score {self.score!r}")
+            raise ConfigError(f"unknown score {self.score!r}")
 
 
 def exit_stage(scores: Sequence[Float[Tensor, " items"]], thresholds: Sequence[float]) -> Tensor:
@@ -185,10 +188,15 @@ def sweep(
     middles = values[:-1] + (values[1:] - values[:-1]) / 2
     thresholds = np.concatenate([[-np.inf], middles, [np.inf]])
 
+    orders = [np.argsort(row, kind="stable") for row in reach]
+    places = [
+        np.searchsorted(row[order], thresholds, side="right")
+        for row, order in zip(reach, orders, strict=True)
+    ]
+
     def below(stage: int, weights: np.ndarray) -> np.ndarray:
-        order = np.argsort(reach[stage], kind="stable")
-        sums = np.concatenate([[0.0], np.cumsum(weights[order])])
-        return sums[np.searchsorted(reach[stage][order], thresholds, side="right")]
+        sums = np.concatenate([[0.0], np.cumsum(weights[orders[stage]])])
+        return sums[places[stage]]
 
     frame = _outcomes(logits, labels, costs, below, len(logits[0]), len(thresholds))
     frame.insert(0, "threshold", thresholds)
@@ -254,11 +262,12 @@ def _outcomes(
     deferred = np.zeros((stages + 1, rows))  # beyond stage i, as a share
     deferred[0] = 1.0
     right = np.zeros(rows)
+    truth = None if labels is None else np.asarray(labels)
     for stage in range(stages):
         if stage < stages - 1:
             deferred[stage + 1] = below(stage, np.ones(items)) / items
-        if labels is not None:
-            hit = (logits[stage].argmax(dim=-1).numpy() == np.asarray(labels)).astype(float)
+        if truth is not None:
+            hit = (logits[stage].argmax(dim=-1).numpy() == truth).astype(float)
             here = below(stage - 1, hit) if stage else np.full(1, hit.sum())
             right += here - (below(stage, hit) if stage < stages - 1 else 0.0)
     shares = deferred[:-1] - deferred[1:]
@@ -438,7 +447,7 @@ def superfluous_stages(
 
     last = len(logits) - 1
     subsets = [
-        [*some, last] for size in range(last, 0, -1) for some in combinations(range(last), size)
+        [*some, last] for size in range(1, last + 1) for some in combinations(range(last), size)
     ]
-    winner = max(subsets, key=best)  # the first of equals, which has the most stages
+    winner = max(subsets, key=best)  # the first of equals, which has the fewest stages
     return [number for number in range(last) if number not in winner]

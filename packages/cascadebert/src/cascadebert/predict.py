@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from octavo.errors import ConfigError
 from octavo.rundir import write_json
 
@@ -51,6 +52,21 @@ def predict_file(
         raise ConfigError(f"--chunk {chunk}: must be 1 or more")
     if out.resolve() == Path(source).resolve():
         raise ConfigError(f"{out}: is the file that is read; name another for the answers")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.with_name(f".{out.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                return _predict(cascade, policy, source, out, config, chunk)
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise ConfigError(f"{out}: another process is writing it; name another file") from None
+
+
+def _predict(
+    cascade: Cascade, policy: Policy, source: str, out: Path, config: DataConfig, chunk: int
+) -> list[int]:
     partial = out.with_name(f".{out.name}.partial")
     progress = out.with_name(f".{out.name}.partial.json")
     belongs = {
@@ -61,10 +77,10 @@ def predict_file(
         "backend": cascade.backend,
         "chunk": chunk,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     done = _resume(partial, progress, belongs)
     exits = np.array(done["exits"] or [0] * len(cascade.stages))
     seen, number = hashlib.sha256(), -1
+    empty = cut = 0
     for number, examples in enumerate(stream_examples(source, config, chunk)):
         seen.update("\0".join([*examples.texts, *(examples.pairs or [])]).encode())
         if number < done["chunks"]:
@@ -72,6 +88,8 @@ def predict_file(
                 break
             continue
         answers = cascade.predict(examples, policy)
+        empty += sum(not text.strip() for text in examples.texts)
+        cut += int(answers.truncated.sum())
         lines = [
             json.dumps({"label": label, "stage": stage + 1, "confidence": round(sure, 6)}) + "\n"
             for label, stage, sure in zip(
@@ -97,7 +115,11 @@ def predict_file(
     if done["chunks"] and (number + 1 < done["chunks"] or seen.hexdigest() != done["seen"]):
         log.info("the rows answered so far have changed: begun anew")
         partial.unlink()
-        return predict_file(cascade, policy, source, out, config, chunk)
+        return _predict(cascade, policy, source, out, config, chunk)
+    if empty:
+        log.warning("%d of these texts are empty; they are answered all the same", empty)
+    if cut:
+        log.warning("%d of these texts were cut to the stage's length; see --max-length", cut)
     partial.touch()  # for a source without rows
     partial.replace(out)
     progress.unlink(missing_ok=True)

@@ -9,8 +9,15 @@ from octavo.report import Claim, Report
 
 from cascadebert.cascade import Cascade
 from cascadebert.data import Examples
-from cascadebert.evaluate import compare, points, refuse_calibration_rows, stage_quality
-from cascadebert.metrics import dis, reliability_table
+from cascadebert.evaluate import (
+    compare,
+    oracle_point,
+    points,
+    random_curve,
+    refuse_calibration_rows,
+    stage_quality,
+)
+from cascadebert.metrics import dis, performance_gap_recovered, reliability_table
 from cascadebert.policy import Policy, sweep
 from cascadebert.scores import log_odds
 
@@ -118,7 +125,13 @@ def user_report(
     everything = [cascade.logits(number, examples) for number in range(len(cascade.stages))]
     costs = policy.costs.get(policy.cost) or [float(2**i) for i in range(len(everything))]
     scores = [policy.score_of(i, logits) for i, logits in enumerate(everything[:-1])]
-    curves = {"cascade": points(sweep(everything, labels, costs, scores))}
+    table = sweep(everything, labels, costs, scores)
+    curves = {"cascade": points(table)}
+    right = [logits.argmax(dim=-1).numpy() == np.asarray(labels) for logits in everything]
+    small, large = (100 * float(right[i].mean()) for i in (0, -1))
+    if len(everything) > 1:
+        curves["deferred at random"] = random_curve([costs[0], costs[-1]], small, large)
+        curves["oracle"] = oracle_point(costs, right)
     order = []
     for name, rival in rivals.items():
         exits = rival.logits(examples)
@@ -142,6 +155,15 @@ def user_report(
     )
     report.table("Each model alone, and the cascade", rows)
     report.figure(f"Accuracy over speed-up ({policy.cost}; layers for exits)", curve_figure(curves))
+    recovered = performance_gap_recovered(
+        table["speedup"].to_numpy(), table["accuracy"].to_numpy(), small / 100, large / 100
+    )
+    report.text(
+        "Share of the gap between the first and the last stage that the curve recovers, averaged over "
+        f"cost (0.5 is deferring at random): {recovered:.3f}."
+        if recovered == recovered
+        else "The last stage is no better than the first here: there is no gap to recover."
+    )
     report.table("Difficulty inversion score by layer", order)
     report.table("Confidence of each stage", stage_quality(cascade, policy, examples))
     for number, logits in enumerate(everything, 1):

@@ -166,14 +166,30 @@ class Stage:
         return replace(price, latency=latency(forward, length, batch_tokens))
 
 
+#: Padding that a batch may always hold: it costs as much as one batch more (12 layers, a CPU thread).
+PADDING = 48
+
+#: Share of a batch's tokens that may be padding beyond that.
+WASTE = 0.05
+
+
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like lengths, each within the token budget when padded, longest first."""
+    """Indices in batches of like lengths, each within the token budget when padded, longest first.
+
+    A batch also ends where more of it would be padding than one more batch costs.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        size = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
+        longest = max(1, lengths[order[start]])
+        stop, wasted = start + 1, 0
+        while stop < len(order) and (stop + 1 - start) * longest <= batch_tokens:
+            wasted += longest - lengths[order[stop]]
+            if wasted > max(PADDING, WASTE * (stop + 1 - start) * longest):
+                break
+            stop += 1
+        yield order[start:stop]
+        start = stop
 
 
 def load_stage(
@@ -225,7 +241,7 @@ def load_stage(
     stage.classes, stage.weights = [names[label] for label in labels], weights
     if backend == "compile":
         stage.forward, stage.backend = _compiled(model, runtime)
-        stage.multiple = 8
+        stage.multiple = 8 if runtime.torch_device().type == "cuda" else 1
     elif backend != "torch":
         from cascadebert.onnx import onnx_forward
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from cascadebert.cascade import Cascade
 from cascadebert.config import ServeConfig
 from cascadebert.data import Examples
-from cascadebert.monitor import Monitor
 from cascadebert.policy import Policy
-from cascadebert.scheduler import Point, Scheduler
-from cascadebert.station import Refusal, log_failure
+from cascadebert.serving.monitor import Monitor
+from cascadebert.serving.scheduler import Point, Scheduler
+from cascadebert.serving.station import Refusal, log_failure
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request

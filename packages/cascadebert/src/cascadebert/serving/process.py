@@ -6,7 +6,7 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from octavo.errors import ConfigError
 from cascadebert.cascade import Cascade
 from cascadebert.config import ServeConfig
 from cascadebert.policy import Policy
-from cascadebert.routes import Gate, Service, make_app
+from cascadebert.serving.routes import Gate, Service, make_app
 
 log = logging.getLogger(__name__)
 
 #: Seconds that answers get to reach callers who are slow to read them when the process ends.
 FLUSH = 5
+
+#: Seconds after the last answer in which new connections, then open ones, are still refused politely.
+LINGER = 0.5
 
 
 def check_serve(config: ServeConfig) -> str:
@@ -142,6 +145,14 @@ async def _serve(
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping; calls that were taken get %g seconds", service.config.drain)
         await service.close(hurry)
+        # Who comes at the last moment is told why too; a closed door would cut the call short.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(hurry.wait(), LINGER)
+        for listening in getattr(server, "servers", []):
+            listening.close()
+        end = loop.time() + LINGER
+        while server.server_state.connections and loop.time() < end and not hurry.is_set():
+            await asyncio.sleep(0.01)
     finally:
         server.should_exit = True
         await serving

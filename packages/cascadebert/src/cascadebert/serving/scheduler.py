@@ -18,10 +18,10 @@ from torch import Tensor
 from cascadebert.cascade import Cascade
 from cascadebert.config import ServeConfig
 from cascadebert.data import Examples
-from cascadebert.monitor import Monitor
 from cascadebert.policy import Policy
 from cascadebert.scores import log_odds
-from cascadebert.station import Answer, Call, Item, Refusal, Station
+from cascadebert.serving.monitor import Monitor
+from cascadebert.serving.station import Answer, Call, Item, Refusal, Station
 
 log = logging.getLogger(__name__)
 
