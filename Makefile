@@ -37,9 +37,9 @@ $(CURDIR)/.cache/uv/bin/uv:
 demo: setup  ## run each package's demo (PACKAGE=name for one, PROFILE=full for the long one)
 	@$(PYTHON) .ci/demo.py --packages '$(PACKAGE)' --profile $(PROFILE)
 
-test: setup  ## run every test, with line coverage by member
+test: setup  ## run every test in two processes, with line coverage by member
 	@.venv/bin/coverage erase
-	@.venv/bin/coverage run -m pytest && .venv/bin/coverage combine --quiet && \
+	@.venv/bin/coverage run -m pytest -n 2 --dist loadfile && .venv/bin/coverage combine --quiet && \
 	for member in $(notdir $(wildcard shared/src/* packages/*/src/*)); do \
 	  echo "coverage of $$member: $$(.venv/bin/coverage report --include="*/src/$$member/*" \
 	    --format=total) %"; \

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -36,8 +37,10 @@ skipped_data = pytest.StashKey[set[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the session a cache of its own unless the caller named one."""
+    """Give the session, and each of its workers, a cache of its own unless the caller named one."""
     config.stash[skipped_data] = set()
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # two at once would make the same folders
+        os.environ["OCTAVO_CACHE"] = str(Path(os.environ["OCTAVO_CACHE"]) / worker)
     if "OCTAVO_CACHE" not in os.environ:
         cache = tempfile.TemporaryDirectory(prefix="octavo-cache-")
         os.environ["OCTAVO_CACHE"] = cache.name
@@ -88,8 +91,18 @@ def note_skip(node: pytest.Item | pytest.Collector) -> None:
         node.config.stash[skipped_data].add(node.nodeid)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker noted."""
+    node.config.stash[skipped_data].update(
+        getattr(node, "workeroutput", {}).get("skipped_data", [])
+    )
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the session in which that happened."""
+    output = getattr(session.config, "workeroutput", {})  # what a worker sends home
+    output["skipped_data"] = sorted(session.config.stash[skipped_data])
     without_failure = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     if session.config.stash[skipped_data] and without_failure:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

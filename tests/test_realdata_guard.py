@@ -51,7 +51,7 @@ def session(tmp_path, root):
     """Run a test file of the package `alpha` in a scratch workspace, with or without its data."""
     repository = tmp_path / "main"
 
-    def run(test, with_data, folder="packages/alpha/tests"):
+    def run(test, with_data, folder="packages/alpha/tests", options=()):
         (repository / folder).mkdir(parents=True)
         (repository / folder / "test_it.py").write_text(test)
         for name in ("conftest.py", "pyproject.toml"):
@@ -60,7 +60,15 @@ def session(tmp_path, root):
             data = tmp_path / "shared" / "data" / "alpha"
             data.mkdir(parents=True)
             (data / "rows.csv").touch()
-        pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", folder]
+        pytest_command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            *options,
+            folder,
+        ]
         done = subprocess.run(
             pytest_command, cwd=repository, capture_output=True, text=True, check=False
         )
@@ -83,9 +91,10 @@ def test_test_is_skipped_where_it_is_not(session):
     assert "no real data at" in output
 
 
+@pytest.mark.parametrize("options", [(), ("-n", "2")])
 @pytest.mark.parametrize("test", [SKIPS, SKIPS_WHOLE_FILE])
-def test_skip_beside_the_data_fails_the_session(session, test):
-    code, guard, output = session(test, with_data=True)
+def test_skip_beside_the_data_fails_the_session(session, test, options):
+    code, guard, output = session(test, with_data=True, options=options)
     assert code == 1
     assert len(guard) == 1
     assert "packages/alpha/tests/test_it.py" in guard[0]

@@ -2,11 +2,15 @@
 
 import dataclasses
 import functools
+import shutil
 
 import pytest
 import torch
-from cascadebert import demo, experiment, policy
-from cascadebert.experiment import LARGE, SMALL, Profile
+from cascadebert import experiment, policy
+from cascadebert.demo import REAL, deal, judge
+from cascadebert.experiment import LARGE, SMALL, Profile, run_seed
+from cascadebert.train import train_cascade
+from octavo.rundir import RunDir
 from octavo.runtime import Runtime
 
 TINY = Profile(
@@ -15,20 +19,34 @@ TINY = Profile(
 )  # fmt: skip
 
 
+def verdicts(folder, profile=TINY):
+    """Run a small experiment, or measure anew what one trained, and give each claim's verdict."""
+    run = RunDir(folder, resumed=True) if folder.exists() else RunDir.open(folder, {})
+    found = run_seed(profile, deal(profile, 0, None), 0, run, Runtime(device="cpu"))
+    return {claim.claim.partition(" a")[0]: claim.passed for claim in judge([found.numbers], REAL)}
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    """A small experiment as it should be; two kinds of sabotage measure its models anew."""
+    folder = tmp_path_factory.mktemp("sabotage") / "run"
+    return folder, verdicts(folder)
+
+
 @pytest.fixture
-def verdicts(tmp_path, monkeypatch):
-    """Run a small demo and give the verdict on each claim."""
-
-    def judged(profile=TINY):
-        monkeypatch.setitem(demo.PROFILES, "quick", profile)
-        outcome = demo.run_demo("quick", [0], tmp_path / "run", runtime=Runtime(device="cpu"))
-        (*_, claims) = outcome.tables.values()
-        return {row["claim"].partition(" a")[0]: row["verdict"] for row in claims}, outcome.no
-
-    return judged
+def models(trained_once, tmp_path):
+    """A copy of its trained models."""
+    return shutil.copytree(trained_once[0], tmp_path / "run")
 
 
-def test_random_confidence_fails(verdicts, monkeypatch):
+def test_unharmed_the_claims_hold_even_at_this_size(trained_once):
+    _, found = trained_once
+    for claim in ("It is better than its small model", "Its confidence knows what to defer",
+                  "A complete small model orders items better than"):  # fmt: skip
+        assert found[claim]
+
+
+def test_random_confidence_fails(models, monkeypatch):
     def noise(logits, *rest):
         generator = torch.Generator().manual_seed(len(logits))
         return torch.randn(len(logits), generator=generator, dtype=torch.float64)
@@ -36,33 +54,12 @@ def test_random_confidence_fails(verdicts, monkeypatch):
     monkeypatch.setattr(policy, "score", noise)
     monkeypatch.setattr(experiment, "score", noise)
     monkeypatch.setattr(experiment, "log_odds", noise)
-    found, no = verdicts()
-    assert found["Its confidence knows what to defer"] == "FAIL"
-    assert found["A complete small model orders items better than"] == "FAIL"
-    assert no
+    found = verdicts(models)
+    assert found["Its confidence knows what to defer"] is False
+    assert found["A complete small model orders items better than"] is False
 
 
-def test_shuffled_training_labels_fail(verdicts, monkeypatch):
-    from cascadebert.train import train_cascade as train
-
-    def shuffled(examples, *rest):
-        turned = dataclasses.replace(examples, labels=examples.labels[1:] + examples.labels[:1])
-        return train(turned, *rest)
-
-    monkeypatch.setattr(experiment, "train_cascade", shuffled)
-    found, _ = verdicts()
-    assert found["It is better than its small model"] == "FAIL"
-    assert found["Its confidence knows what to defer"] == "FAIL"
-
-
-def test_without_a_large_model_there_is_nothing_to_gain(verdicts):
-    untrained = {SMALL: TINY.models[SMALL], LARGE: (1e-6, 0.1)}
-    found, _ = verdicts(dataclasses.replace(TINY, models=untrained))
-    assert found["It is better than its small model"] == "FAIL"
-    assert found["Its confidence knows what to defer"] == "FAIL"
-
-
-def test_thresholds_of_the_wrong_rows_miss_the_speed_up(verdicts, monkeypatch):
+def test_thresholds_of_other_confidences_miss_the_speed_up(models, monkeypatch):
     """Confidence that is higher on calibration words, as after training on them."""
     fit = policy.fit_policy
 
@@ -71,5 +68,24 @@ def test_thresholds_of_the_wrong_rows_miss_the_speed_up(verdicts, monkeypatch):
         return fit([3 * logits[0], *logits[1:]], *rest, **options)
 
     monkeypatch.setattr(experiment, "fit_policy", surer)
-    found, _ = verdicts()
-    assert found["The speed-up chosen on calibration words holds on test words"] == "FAIL"
+    found = verdicts(models)
+    assert found["The speed-up chosen on calibration words holds on test words"] is False
+
+
+def test_shuffled_training_labels_fail(tmp_path, monkeypatch):
+    def shuffled(examples, *rest):
+        turned = dataclasses.replace(examples, labels=examples.labels[1:] + examples.labels[:1])
+        return train_cascade(turned, *rest)
+
+    monkeypatch.setattr(experiment, "train_cascade", shuffled)
+    short = dataclasses.replace(TINY, models={SMALL: (4e-3, 2.0), LARGE: (2e-3, 1.0)})
+    found = verdicts(tmp_path / "run", short)
+    assert found["It is better than its small model"] is False
+    assert found["Its confidence knows what to defer"] is False
+
+
+def test_without_a_large_model_there_is_nothing_to_gain(tmp_path):
+    untrained = {SMALL: TINY.models[SMALL], LARGE: (1e-6, 0.1)}
+    found = verdicts(tmp_path / "run", dataclasses.replace(TINY, models=untrained))
+    assert found["It is better than its small model"] is False
+    assert found["Its confidence knows what to defer"] is False

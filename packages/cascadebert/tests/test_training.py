@@ -21,9 +21,9 @@ from torch.nn.functional import cross_entropy
 FAST = ["--alphabet", "char", "--max-length", 16, "--learning-rate", "4e-3", "--epochs", 2]
 
 
-def difficulty_words(words, out, *more):
+def difficulty_words(words, out, *more, folds=3):
     return ["difficulty", "--model", "scratch:1x16", "--train-data", words, "--out", out, *FAST,
-            "--folds", 3, "--fold-seeds", 0, "--fold-seeds", 1, *more]  # fmt: skip
+            "--folds", folds, "--fold-seeds", 0, "--fold-seeds", 1, *more]  # fmt: skip
 
 
 def train_words(words, out, *more):
@@ -248,13 +248,9 @@ def test_settings_that_cannot_be(words, command, tmp_path):
         "--distill-temperature 0.0": [*train, "--distill-temperature", 0],
         "--label-smoothing 1.0": [*train, "--label-smoothing", 1],
         "--folds 1: must be from 2": [*train, "--dar-weight", 0.5, "--folds", 1],
-        "--folds 5000: must be from 2 to the number of rows (1200)": difficulty_words(
-            words, out, "--folds", 5000
-        ),
+        "--folds 5000: must be from 2 to the number of rows (1200)": difficulty_words(words, out, folds=5000),
         "give one or more, none twice": difficulty_words(words, out, "--fold-seeds", 1),
-        "--learning-rate: give one value, or one for each of the 1": [
-            *difficulty_words(words, out), "--learning-rate", 1
-        ],
+        "--epochs: give one value, or one for each of the 1": [*difficulty_words(words, out), "--epochs", 1],
     }.items():  # fmt: skip
         code, _, err = command(*line, "--quiet")
         assert (code, message in err) == (2, True), err
