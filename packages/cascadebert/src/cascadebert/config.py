@@ -192,10 +192,10 @@ class BaselineConfig(FitConfig):
     out: Path
     """Folder of the run."""
 
-    exit_epochs: float = 3.0
+    exit_epochs: float = 10.0
     """Passes over the rows in which deebert's exits are trained."""
 
-    exit_learning_rate: float = 1e-3
+    exit_learning_rate: float = 2e-3
     """Peak learning rate of deebert's exits."""
 
     overwrite: bool = False

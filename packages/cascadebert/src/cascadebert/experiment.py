@@ -82,7 +82,7 @@ class Profile:
     joint: tuple[float, float] | None = None
     """Learning rate and epochs of the joint multi-exit model."""
 
-    exit_epochs: float = 3.0
+    exit_epochs: float = 20.0
     """Passes over the words in which DeeBERT's exits are trained."""
 
     first_layers: tuple[int, ...] = ()
@@ -204,7 +204,7 @@ def _rival_config(profile: Profile, kind: Any, model: str, out: Path) -> Baselin
     return BaselineConfig(
         kind=kind, model=model, train_data="words", out=out, learning_rate=(rate,), epochs=(epochs,),
         batch_size=profile.batch_size, max_length=16, alphabet="char",
-        exit_epochs=profile.exit_epochs, exit_learning_rate=2e-3,
+        exit_epochs=profile.exit_epochs, exit_learning_rate=3e-3,
     )  # fmt: skip
 
 
