@@ -372,6 +372,38 @@ def test_a_stage_that_does_not_pay_is_named(pair):
     assert policy.calibration["superfluous"] == [1]  # the same model again
 
 
+def test_a_policy_knows_length_tokenizer_and_class_order(pair):
+    whole = Cascade.from_pretrained(pair, runtime=CPU)
+    assert Cascade.from_pretrained(pair, max_length=8, runtime=CPU).hashes != whole.hashes
+    again = Cascade.from_pretrained(pair, runtime=CPU)
+    assert again.hashes == whole.hashes
+    again.stages[1].classes = again.stages[1].classes[::-1]
+    assert again.hashes[0] == whole.hashes[0]
+    assert again.hashes[1] != whole.hashes[1]
+
+
+def test_a_guarantee_is_shown_on_rows_that_nothing_was_fitted_on(pair, texts):
+    cascade = Cascade.from_pretrained(pair, runtime=CPU)
+    asked = Examples(texts * 4)
+    truth = [LABELS[number] for number in cascade.logits(1, asked).argmax(-1)]
+    wanted = CalibrateConfig(max_risk=0.5, temperature=True)
+    policy = cascade.calibrate(Examples(asked.texts, labels=truth), config=wanted)
+    assert policy.guarantee["rows"] == len(asked) // 2
+    plain = cascade.calibrate(
+        Examples(asked.texts, labels=truth), config=replace(wanted, temperature=False)
+    )
+    assert plain.guarantee["rows"] == len(asked)
+
+
+def test_a_target_and_a_configuration_are_joined(pair, texts):
+    cascade = Cascade.from_pretrained(pair, runtime=CPU)
+    wanted = CalibrateConfig(cost="layers", score="margin")
+    policy = cascade.calibrate(Examples(texts), 1.2, config=wanted)
+    assert (policy.target, policy.cost, policy.score) == ({"speedup": 1.2}, "layers", "margin")
+    with pytest.raises(DataError, match="calibration needs rows"):
+        cascade.calibrate(Examples([]), 1.2)
+
+
 def test_models_are_joined_into_one_folder(pair, texts, tmp_path):
     cascade, examples = Cascade.from_pretrained(pair, runtime=CPU), Examples(texts)
     policy = middle(cascade, examples)

@@ -99,6 +99,16 @@ def test_the_exception_is_told_as_it_was_measured():
     assert "do not beat it at 3x (91.0 against 92.0 %)" in other
 
 
+def test_the_exceptions_turn_with_the_numbers():
+    assert "what the regularization adds is order" in exceptions([Found(GOOD, {}, {})])
+    turned = GOOD | {"ECE folds": 1.0, "exited 1 complete": 95.0}
+    told = exceptions([Found(turned, {}, {})])
+    assert "here the regularization calibrates better" in told
+    assert "completeness gains nothing" not in told
+    quick = {key: value for key, value in GOOD.items() if "joint" not in key}
+    assert "--profile full only" in exceptions([Found(quick, {}, {})])
+
+
 def test_tables_of_seeds_become_means():
     first = [{"method": "a", "target": 2.0, "accuracy %": 90.0, "p against b": 0.1, "items": 3}]
     second = [{"method": "a", "target": 2.0, "accuracy %": 92.0, "p against b": 0.9, "items": 5}]

@@ -110,6 +110,18 @@ def test_the_last_exit_is_the_models_own_head(rival, examples):
     assert torch.allclose(rival.logits(examples)[-1], own, atol=1e-5)
 
 
+def test_labels_are_matched_by_name(rival, examples):
+    import copy
+
+    turned = copy.copy(rival)
+    turned.stage = copy.copy(rival.stage)
+    turned.stage.labels, turned.stage.classes = ["maybe", "no", "yes"], [2, 0, 1]
+    for plain, other in zip(rival.logits(examples), turned.logits(examples), strict=True):
+        assert torch.equal(plain[:, [2, 0, 1]], other)
+    first, second = (one.predict(examples, "patience", 1)[0] for one in (rival, turned))
+    assert [rival.stage.labels[i] for i in first] == [turned.stage.labels[i] for i in second]
+
+
 def random_exits(items=60, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = [2 * torch.randn(items, 3, generator=generator) for _ in range(4)]

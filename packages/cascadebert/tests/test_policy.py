@@ -137,7 +137,7 @@ def test_a_policy_file_serves_its_own_models_only(tmp_path):
     stored = json.loads(path.read_text())
     assert stored["probabilities"] == [pytest.approx(1 / (1 + math.exp(-1.5)))]
     assert stored["created_by"].startswith("cascadebert ")
-    with pytest.raises(ConfigError, match="made for other models; run `cascadebert calibrate`"):
+    with pytest.raises(ConfigError, match="made for other models, or another tokenizer or --max"):
         Policy.load(path, ["a", "c"])
     with pytest.raises(ConfigError, match="made for backend torch-float32, and this is onnx-int8"):
         Policy.load(path, ["a", "b"], "onnx-int8")
@@ -155,6 +155,9 @@ def test_a_policy_file_serves_its_own_models_only(tmp_path):
         json.dumps(stored | {"temperatures": [1.0]}),
         json.dumps(stored | {"temperatures": [1.0, 0.0]}),
         json.dumps(stored | {"score": "hope"}),
+        json.dumps(stored | {"score": "learned"}),
+        json.dumps(stored | {"score": "learned", "heads": [{"mean": [0.0]}]}),
+        json.dumps(stored | {"calibration": {"row_hashes": "!"}}),
         "{",
         "[]",
         '{"version": 2}',

@@ -144,6 +144,10 @@ def test_what_cannot_be_shown_is_refused():
         ConfigError, match=r"100 calibration rows cannot show .* it takes 230 or more"
     ):
         safe_threshold(reach, losses, 0.01)
+    with pytest.raises(
+        ConfigError, match=r"cannot show an expected risk of 0.005: it takes 199 or"
+    ):
+        safe_threshold(reach, losses, 0.005, method="crc")
     for alpha, delta in ((0.0, 0.1), (1.0, 0.1), (0.1, 0.0), (math.nan, 0.1)):
         with pytest.raises(ConfigError, match="must lie between 0 and 1"):
             safe_threshold(reach, losses, alpha, delta=delta)

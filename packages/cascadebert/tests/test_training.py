@@ -97,6 +97,21 @@ def test_folds_that_are_done_are_not_computed_again(measured, words, tmp_path):
         assert (out / "difficulty" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_run_that_was_begun_with_other_rows_is_not_gone_on_with(words, command, tmp_path):
+    for name, line in (("train", train_words), ("difficulty", difficulty_words)):
+        out, data = tmp_path / name, tmp_path / f"{name}.jsonl"
+        lines = (words / "train.jsonl").read_text().splitlines(keepends=True)[:60]
+        data.write_text("".join(lines))
+        assert command(*line(data, out))[0] == 0
+        environment = json.loads((out / "environment.json").read_text())
+        (out / "environment.json").write_text(json.dumps(environment | {"status": "running"}))
+        data.write_text("".join(lines[:-1]))
+        code, _, err = command(*line(data, out))
+        assert (code, "was begun with other training rows" in err) == (2, True), err
+        data.write_text("".join(lines))
+        assert command(*line(data, out))[0] == 0
+
+
 def test_rules():
     votes = [0, 1, 2, 3]
     assert to_levels(votes, 3, "majority") == [0, 0, 1, 1]
@@ -192,7 +207,7 @@ def test_other_ways_to_train_a_stage(words, command, tmp_path, options, trained)
     assert code == 0, err
     assert sorted(path.name for path in run.iterdir()) == [
         "README.md", "cascade.json", "config.yaml", "environment.json", "metrics.jsonl",
-        "stage-1", "stage-2"]  # fmt: skip
+        "rows.json", "stage-1", "stage-2"]  # fmt: skip
     order = list(dict.fromkeys(line["training"] for line in rows(run / "metrics.jsonl")))
     if "--distill-weight" in options:
         assert order == ["stage-2", "stage-1"]  # the teacher first
@@ -231,6 +246,7 @@ def test_an_early_exit_rival_from_the_command_line(words, calibrated, command, t
     for words_there in ("deebert", "joint", "cascade, by stage", "Reliability of stage 2"):
         assert words_there in page
     assert page.count("data:image/png") == 2
+    assert json.loads((tmp_path / "joint" / "model" / "exits.json").read_text())["max_length"] == 16
     code, _, err = command("report", "--model", calibrated, "--test-data", words / "test.jsonl",
                            "--out", tmp_path / "page")  # fmt: skip
     assert (code, "exists already" in err) == (2, True)
@@ -238,7 +254,8 @@ def test_an_early_exit_rival_from_the_command_line(words, calibrated, command, t
 
 def test_settings_that_cannot_be(words, command, tmp_path):
     out = tmp_path / "out"
-    train = train_words(words, out)
+    train, once = train_words(words, out), difficulty_words(words, out)
+    many = difficulty_words(words, out, folds=5000)
     for message, line in {
         "--dar-weight -1.0: must be 0 or more": [*train, "--dar-weight=-1"],
         "--dar-margin 2.0: must be from 0 to 1": [*train, "--dar-margin", 2],
@@ -248,13 +265,20 @@ def test_settings_that_cannot_be(words, command, tmp_path):
         "--distill-temperature 0.0": [*train, "--distill-temperature", 0],
         "--label-smoothing 1.0": [*train, "--label-smoothing", 1],
         "--folds 1: must be from 2": [*train, "--dar-weight", 0.5, "--folds", 1],
-        "--folds 5000: must be from 2 to the number of rows (1200)": difficulty_words(words, out, folds=5000),
+        "--folds 5000: must be from 2 to the number of rows (1200)": many,
         "give one or more, none twice": difficulty_words(words, out, "--fold-seeds", 1),
-        "--epochs: give one value, or one for each of the 1": [*difficulty_words(words, out), "--epochs", 1],
+        "--epochs: give one value, or one for each of the 1": [*once, "--epochs", 1],
     }.items():  # fmt: skip
         code, _, err = command(*line, "--quiet")
         assert (code, message in err) == (2, True), err
         assert not out.exists()
+
+
+def test_early_exit_needs_two_layers(words, command, tmp_path):
+    code, _, err = command("baseline", "--kind", "joint", "--model", "scratch:1x16", "--train-data",
+                           words, "--out", tmp_path / "out", *FAST)  # fmt: skip
+    assert (code, "early exit needs two layers or more" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folds_are_a_part_of_the_configuration():

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "cascade.json"
 
+#: Calibration rows below which a warning is due.
+FEW = 100
+
 
 @dataclass
 class Predictions:
@@ -162,8 +165,8 @@ class Cascade:
 
     @property
     def hashes(self) -> list[str]:
-        """Hash of each stage's weights, by which a policy knows its models."""
-        return [stage.weights for stage in self.stages]
+        """Hash of each stage, by which a policy knows its models; see `Stage.identity`."""
+        return [stage.identity for stage in self.stages]
 
     @property
     def backend(self) -> str:
@@ -296,7 +299,8 @@ class Cascade:
     ) -> Policy:
         """Choose thresholds for a wanted speed-up, or what else `config` names, on held-out examples.
 
-        The learned score is fitted on every second example, the thresholds on the others.
+        The learned score, and temperatures under a guarantee, are fitted on every second example and
+        the thresholds on the others.
 
         Args:
             examples: labelled; without labels for a speed-up, a budget or the risk of disagreement.
@@ -307,7 +311,15 @@ class Cascade:
         Raises:
             ConfigError: the target is out of reach, or needs labels; the message says which.
         """
-        config = config or CalibrateConfig(cost=cost, target_speedup=target_speedup)
+        config = config or CalibrateConfig(cost=cost)
+        if target_speedup is not None:
+            config = replace(config, target_speedup=target_speedup)
+        if len(examples) == 0:
+            raise DataError("calibration needs rows, and there are none")
+        if len(examples) < FEW:
+            log.warning(
+                "%d calibration rows tell little: expect other results on new ones", len(examples)
+            )
         lengths = self.lengths(examples)
         costs = self.costs(lengths, measured=True)
         everything = [self.logits(number, examples) for number in range(len(self.stages))]
@@ -316,16 +328,21 @@ class Cascade:
             what = "--temperature" if config.temperature else "--score learned"
             raise ConfigError(f"{what}: needs labels")
         form = Policy([], config.score)
+        fitting, rest = slice(None), slice(None)
+        if config.score == "learned" or (config.temperature and config.max_risk is not None):
+            fitting, rest = (
+                slice(0, None, 2),
+                slice(1, None, 2),
+            )  # a guarantee needs rows unseen so far
         if config.temperature and labels is not None:
-            fitted = [fit_temperature(here, labels) for here in everything]
+            fitted = [fit_temperature(here[rest], labels[rest]) for here in everything]
             form = replace(form, temperatures=fitted)
-        fitting = slice(0, len(examples))
         if config.score == "learned" and labels is not None:
-            truth = torch.tensor(labels)
-            half = [here[1::2] / form.temperature(i) for i, here in enumerate(everything[:-1])]
-            right = [(here.argmax(dim=-1) == truth[1::2]).tolist() for here in half]
+            truth = torch.tensor(labels[rest])
+            half = [here[rest] / form.temperature(i) for i, here in enumerate(everything[:-1])]
+            right = [(here.argmax(dim=-1) == truth).tolist() for here in half]
             heads = [dict(fit_head(*pair)) for pair in zip(half, right, strict=True)]
-            form, fitting = replace(form, heads=heads), slice(0, len(examples), 2)
+            form = replace(form, heads=heads)
         targets = (config.target_speedup, config.min_accuracy, config.max_cost, config.max_risk)
         nothing_asked = all(target is None for target in targets)
         policy = fit_policy(
@@ -353,7 +370,8 @@ class Cascade:
             "hash": examples.fingerprint(),
             "row_hashes": encoded_hashes(examples),
         }
-        if labels is not None and len(self.stages) > 2:
+        plain = config.score == "max_probability" and not config.separate and not policy.guarantee
+        if labels is not None and len(self.stages) > 2 and plain and policy.achieved["speedup"] > 1:
             prices = [price.of(config.cost) for price in costs]
             speed = policy.achieved["speedup"]
             calibration["superfluous"] = superfluous_stages(everything, labels, prices, speed)

@@ -360,7 +360,7 @@ def report(
     models = _load(cascade, runtime)
     chosen = Policy.load(policy or _policy_path(cascade), models.hashes, models.backend)
     rivals = {
-        folder.name: EarlyExit.from_pretrained(folder, models.labels, cascade.max_length, runtime)
+        str(folder): EarlyExit.from_pretrained(folder, models.labels, cascade.max_length, runtime)
         for folder in rival
     }
     examples = load_examples(test_data, data, split="test", labels=models.labels)

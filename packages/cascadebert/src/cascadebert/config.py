@@ -102,7 +102,7 @@ class TrainConfig(FitConfig, FoldConfig):
     """Folder of the run, which is then a cascade for the other commands."""
 
     preset: Literal["none", "paper"] = "none"
-    """paper: BERT of 2 and of 12 layers and the authors' settings, where no other is given."""
+    """paper: BERT of 2 and of 12 layers and the authors' settings, for each option at its default."""
 
     dar_weight: float = 0.0
     """Weight of difficulty-aware regularization (lambda) in every stage but the last; 0 for none."""

@@ -61,6 +61,19 @@ class Examples:
         return total.hexdigest()
 
 
+def ordered_fingerprint(examples: Examples) -> str:
+    """A hash of texts and labels in their order, which tells whether training rows are the same."""
+    total = hashlib.sha256()
+    for row in zip(
+        examples.texts,
+        examples.pairs or [""] * len(examples),
+        examples.labels or [""] * len(examples),
+        strict=True,
+    ):
+        total.update("\0".join(row).encode() + b"\1")
+    return total.hexdigest()
+
+
 def row_hashes(examples: Examples) -> np.ndarray:
     """A hash of each row's texts, [rows] of uint64, by which rows are known again."""
     pairs = examples.pairs or [""] * len(examples)

@@ -1,7 +1,7 @@
 """How difficult each training row is: how often models that did not see it get it wrong.
 
 The rows are cut into folds anew for every seed; a model trained on the other folds predicts each. A
-file a fold and seed is written whole, so that a killed run, or one with more seeds, goes on from there.
+file a fold and seed is written whole, so that a killed run goes on from there.
 """
 
 import json
@@ -19,7 +19,7 @@ from octavo.training import Loss, TrainOptions, discard_checkpoints
 
 from cascadebert.config import FitConfig, FoldConfig
 from cascadebert.data import Examples
-from cascadebert.finetune import fine_tune
+from cascadebert.finetune import fine_tune, refuse_other_rows
 from cascadebert.stage import make_stage
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def build_difficulty(
         A level a row, larger is harder.
     """
     check_folds(folds, len(examples))
+    refuse_other_rows(run, examples)
     folder = run.path / name
     if is_main():
         folder.mkdir(exist_ok=True)

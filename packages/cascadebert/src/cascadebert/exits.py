@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from octavo.errors import ConfigError, ModelError
-from octavo.models import load_model, load_tokenizer, save_model
+from octavo.models import load_config, load_model, load_tokenizer
 from octavo.rundir import RunDir, atomic, write_json
 from octavo.runtime import Runtime, is_main, seed_everything
 from octavo.training import TrainOptions, discard_checkpoints, fit
@@ -32,11 +32,14 @@ from torch import Tensor, nn
 from cascadebert.config import BaselineConfig
 from cascadebert.data import Examples
 from cascadebert.finetune import (
+    SCRATCH,
     collator,
     encode_rows,
     fine_tune,
     inputs_of,
     new_classifier,
+    refuse_other_rows,
+    scratch_shape,
     source_folder,
     train_options,
 )
@@ -134,15 +137,18 @@ class MultiExit(nn.Module):
         hidden = self.model(**inputs, output_hidden_states=True).hidden_states[1:-1]
         return torch.stack([state[:, 0] for state in hidden], dim=1)
 
-    def save(self, folder: Path, tokenizer: Any) -> None:
+    def save(self, folder: Path, tokenizer: Any, max_length: int | None = None) -> None:
         """Write the classifier as the ecosystem does, and the exits beside it (rank 0 alone)."""
         from safetensors.torch import save_file
 
-        save_model(folder, self.model, tokenizer)
-        if is_main():
-            with atomic(folder / WEIGHTS) as temporary:
-                save_file(self.exits.state_dict(), temporary)
-            write_json(folder / EXITS, {"exits": len(self.exits) + 1})
+        if not is_main():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(folder) as temporary:  # all of it, or nothing
+            self.model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            save_file(self.exits.state_dict(), temporary / WEIGHTS)
+            write_json(temporary / EXITS, {"exits": len(self.exits) + 1, "max_length": max_length})
 
 
 class CachedExits(nn.Module):
@@ -180,6 +186,9 @@ def train_rival(
         ModelError: the backbone's layers cannot be found.
     """
     folder = run.path / "model"
+    if _depth(config) < 2:
+        raise ConfigError(f"--model {config.model}: early exit needs two layers or more")
+    refuse_other_rows(run, examples)
     if folder.is_dir():
         log.info("%s is trained already", folder)
         return folder
@@ -190,10 +199,16 @@ def train_rival(
         "backbone", config.model, examples, labels, options, config, run, runtime
     )
     two_stage = train_exits(model, tokenizer, examples, labels, config, run, runtime)
-    two_stage.save(folder, tokenizer)
+    two_stage.save(folder, tokenizer, config.max_length)
     for name in ("backbone", "exits"):
         discard_checkpoints(run, name)
     return folder
+
+
+def _depth(config: BaselineConfig) -> int:
+    if config.model.startswith(SCRATCH):
+        return scratch_shape(config.model, config).layers
+    return int(load_config(config.model).num_hidden_layers)
 
 
 def train_exits(
@@ -269,7 +284,7 @@ def _train_joint(
         return exit_losses(found, batch["labels"])
 
     fit(joint, rows, collator(tokenizer), run, "joint", options=options, runtime=runtime, loss=loss)
-    joint.save(folder, tokenizer)
+    joint.save(folder, tokenizer, config.max_length)
     discard_checkpoints(run, "joint")
     return folder
 
@@ -309,17 +324,20 @@ class EarlyExit:
         if not (place / EXITS).is_file():
             raise ModelError(f"{folder}: no early-exit model there; run `cascadebert baseline`")
         try:
-            json.loads((place / EXITS).read_text(encoding="utf-8"))
+            kept = json.loads((place / EXITS).read_text(encoding="utf-8"))["max_length"]
             weights = load_file(place / WEIGHTS)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{place}: its exits cannot be read ({error})") from None
         model = load_model(AutoModelForSequenceClassification, place, dtype=torch.float32)
         own = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
-        if labels is not None and own != list(labels):
-            raise ModelError(f"{folder}: its labels ({', '.join(own)}) are not {', '.join(labels)}")
+        wanted = list(labels or own)
+        if sorted(own) != sorted(wanted):
+            raise ModelError(f"{folder}: its labels ({', '.join(own)}) are not {', '.join(wanted)}")
         network = MultiExit(model)
         network.exits.load_state_dict(weights)
-        stage = make_stage(place.name, model, load_tokenizer(place), own, max_length, runtime)
+        tokenizer = load_tokenizer(place)
+        stage = make_stage(place.name, model, tokenizer, wanted, max_length or kept, runtime)
+        stage.classes = [own.index(label) for label in wanted]
         network.to(runtime.torch_device(), runtime.torch_dtype()).eval()
         return cls(stage, network)
 
@@ -334,7 +352,7 @@ class EarlyExit:
                 inputs = self.stage.pad([encoded.rows[i] for i in batch])
                 found = self.network(**{key: value.to(device) for key, value in inputs.items()})
                 for exit, logits in zip(result, found, strict=True):
-                    exit[batch] = logits.float().cpu()
+                    exit[batch] = logits[:, self.stage.classes].float().cpu()
         return result
 
     def predict(self, examples: Examples, rule: Rule, bar: float) -> tuple[Tensor, Tensor]:
@@ -359,7 +377,7 @@ class EarlyExit:
                 inputs = {key: value.to(device) for key, value in inputs.items()}
                 found, left = _compacted(self.network, inputs, rule, bar)
                 classes[batch], exits[batch] = found.cpu(), left.cpu()
-        return classes, exits
+        return torch.tensor(self.stage.classes).argsort()[classes], exits
 
 
 class _AllLeft(Exception):

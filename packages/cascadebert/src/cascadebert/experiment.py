@@ -218,7 +218,7 @@ def _deebert(
 
     def work(run: RunDir) -> None:
         network = train_exits(stage.model, stage.tokenizer, train, labels, config, run, runtime)
-        network.save(run.path / "model", stage.tokenizer)
+        network.save(run.path / "model", stage.tokenizer, config.max_length)
         discard_checkpoints(run, "exits")
 
     _once(config.out, config, work)

@@ -1,5 +1,6 @@
 """Fine-tune one complete model on labelled texts; stages, folds and rivals all go through here."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from octavo.training import Loss, TrainOptions, fit
 from torch.nn.functional import cross_entropy
 
 from cascadebert.config import FitConfig
-from cascadebert.data import Examples
+from cascadebert.data import Examples, ordered_fingerprint
 from cascadebert.stage import longest
 
 if TYPE_CHECKING:
@@ -94,6 +95,23 @@ def fine_tune(
         loss=loss or classification_loss(config.label_smoothing),
     )
     return model, tokenizer
+
+
+def refuse_other_rows(run: RunDir, examples: Examples) -> None:
+    """Make sure that a resumed run sees the training rows that it began with.
+
+    Raises:
+        ConfigError: they have changed.
+    """
+    file, now = run.path / "rows.json", ordered_fingerprint(examples)
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))["hash"]
+        if before != now:
+            raise ConfigError(
+                f"{run.path}: was begun with other training rows; use another --out, or --overwrite"
+            )
+    else:
+        run.write_json("rows.json", {"rows": len(examples), "hash": now})
 
 
 def classification_loss(smoothing: float = 0.0) -> Loss:

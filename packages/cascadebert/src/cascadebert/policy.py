@@ -4,6 +4,7 @@ One threshold is shared by all stages but the last, as in the paper, or each sta
 leaves at the first stage whose score lies above.
 """
 
+import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -80,8 +81,7 @@ class Policy:
     ) -> Float[Tensor, " items"]:
         """How certain a stage is, by this policy's score."""
         head = self.heads[stage] if stage < len(self.heads) else None
-        kind = self.score if head is not None or self.score != "learned" else "max_probability"
-        return score(logits, kind, self.temperature(stage), head)
+        return score(logits, self.score, self.temperature(stage), head)
 
     def leaves(self, stage: int, logits: Float[Tensor, "items classes"]) -> Tensor:
         """Which items leave at a stage, [items] of bool; all of them at the last."""
@@ -117,10 +117,14 @@ class Policy:
             raise ConfigError(f"{path}: not a policy file ({error})") from None
         try:
             policy.check(len(policy.models))
+            base64.b64decode(policy.calibration.get("row_hashes", ""), validate=True)
         except (ConfigError, ValueError, TypeError) as error:
             raise ConfigError(f"{path}: not a policy file ({error})") from None
         if policy.models != list(models):
-            raise ConfigError(f"{path}: made for other models; run `cascadebert calibrate` again")
+            raise ConfigError(
+                f"{path}: made for other models, or another tokenizer or --max-length; run "
+                "`cascadebert calibrate` again"
+            )
         if backend and policy.backend and backend != policy.backend:
             raise ConfigError(
                 f"{path}: made for backend {policy.backend}, and this is {backend}, whose confidences "
@@ -134,9 +138,9 @@ class Policy:
         Raises:
             ConfigError: one is not a number, or there are too few or too many.
         """
-        for threshold in self.thresholds:
-            if math.isnan(float(threshold)):
-                raise ConfigError("a threshold is not a number")
+        for value in (*self.thresholds, *self.temperatures):
+            if not isinstance(value, int | float) or math.isnan(value):
+                raise ConfigError(f"{value!r} is not a number")
         if len(self.thresholds) != stages - 1:
             raise ConfigError(f"{len(self.thresholds)} thresholds for {stages} stages")
         if self.temperatures and len(self.temperatures) != stages:
@@ -145,6 +149,10 @@ class Policy:
             raise ConfigError("a temperature is not above 0")
         if self.score not in get_args(Score):
             raise ConfigError(f"unknown score {self.score!r}")
+        if self.score == "learned" and len(self.heads) != stages - 1:
+            raise ConfigError(f"{len(self.heads)} learned heads for {stages} stages")
+        if any(set(head) != {"mean", "scale", "weight", "bias"} for head in self.heads):
+            raise ConfigError("a learned head lacks a part")
 
 
 def exit_stage(scores: Sequence[Float[Tensor, " items"]], thresholds: Sequence[float]) -> Tensor:
@@ -339,7 +347,12 @@ def fit_policy(
     if separate and labels is None:
         raise ConfigError("--separate: choosing among combinations needs labels")
     together = not separate or len(logits) == 2
-    table = (sweep if together else sweep_separate)(logits, labels, costs, scores)
+    table = sweep(logits, labels, costs, scores)
+    if not together:  # the grid of combinations is coarse: keep the shared path too
+        free = range(1, len(logits))
+        shared = table.assign(**{f"threshold_{i}": table["threshold"] for i in free})
+        apart = sweep_separate(logits, labels, costs, scores)
+        table = pd.concat([apart, shared.drop(columns="threshold")], ignore_index=True)
     if min_accuracy is not None:
         chosen = _fastest(table, min_accuracy)
     else:

@@ -71,7 +71,8 @@ def _predict(
     progress = out.with_name(f".{out.name}.partial.json")
     belongs = {
         "source": str(Path(source).resolve()),
-        "policy": [policy.score, policy.thresholds, policy.temperatures, *policy.models],
+        "policy": [policy.score, policy.thresholds, policy.temperatures, policy.heads],
+        "models": policy.models,
         "columns": [config.text_column, config.pair_column, config.split],
         "lengths": [stage.max_length for stage in cascade.stages],
         "backend": cascade.backend,

@@ -117,13 +117,15 @@ def user_report(
     Returns:
         The page, and the rows of its first table.
     """
-    from cascadebert.exits import exit_sweep
+    from cascadebert.exits import exit_sweep, patience_table
 
     refuse_calibration_rows(policy, examples, allow_same_split)
     labels = cascade.class_numbers(examples)
     rows = compare(cascade, policy, examples, allow_same_split=allow_same_split)
     everything = [cascade.logits(number, examples) for number in range(len(cascade.stages))]
-    costs = policy.costs.get(policy.cost) or [float(2**i) for i in range(len(everything))]
+    costs = policy.costs.get(policy.cost) or [
+        price.of(policy.cost) for price in cascade.costs(cascade.lengths(examples), measured=True)
+    ]
     scores = [policy.score_of(i, logits) for i, logits in enumerate(everything[:-1])]
     table = sweep(everything, labels, costs, scores)
     curves = {"cascade": points(table)}
@@ -137,6 +139,7 @@ def user_report(
         exits = rival.logits(examples)
         curves[f"{name} entropy"] = points(exit_sweep(exits, labels, "entropy"))
         curves[f"{name} confidence"] = points(exit_sweep(exits, labels, "max_probability"))
+        curves[f"{name} patience"] = points(patience_table(exits, labels))
         row: dict[str, Any] = {"DIS": name}
         for number, logits in enumerate(exits, 1):
             wrong = logits.argmax(dim=-1).numpy() != np.asarray(labels)
@@ -225,11 +228,11 @@ def _axes(width: float = 7, height: float = 4) -> tuple["Figure", Any]:
 
 
 def curve_figure(curves: Mapping[str, Curve]) -> "Figure":
-    """Accuracy over speed-up, a line a method; a single point is a mark."""
+    """Accuracy over speed-up, a line a method; few points are marks."""
     figure, axes = _axes()
     for name, curve in curves.items():
-        single = len(curve["speedup"]) == 1
-        axes.plot(curve["speedup"], curve["accuracy"], "*" if single else "-", label=name)
+        few = len(curve["speedup"]) < 20  # points that a rule can reach, and no line
+        axes.plot(curve["speedup"], curve["accuracy"], "*" if few else "-", label=name)
     axes.set_xlabel("speed-up over the large model (nominal)")
     axes.set_ylabel("accuracy, %")
     axes.legend(fontsize=8)

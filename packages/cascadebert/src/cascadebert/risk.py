@@ -165,6 +165,11 @@ def safe_threshold(
             f"{items} calibration rows cannot show a risk of {alpha:g} with confidence "
             f"{1 - delta:g}: it takes {min_calibration_size(alpha, delta)} or more"
         )
+    if method == "crc" and items < math.ceil(1 / alpha) - 1:
+        raise ConfigError(
+            f"{items} calibration rows cannot show an expected risk of {alpha:g}: it takes "
+            f"{math.ceil(1 / alpha) - 1} or more"
+        )
     if method == "crc":
         losses = np.maximum.accumulate(losses[::-1], axis=0)[::-1]  # what any later exit would cost
 

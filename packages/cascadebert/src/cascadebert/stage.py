@@ -1,6 +1,7 @@
 """One complete model of a cascade: its tokenizer, its weights, and what runs it."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -101,6 +102,12 @@ class Stage:
         else:
             cut = [len(row["input_ids"]) >= self.max_length for row in rows]
         return Encoded(rows, cut)
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that decides its answers: weights, tokenizer, length and class order."""
+        content = f"{self.weights} {self.spelling} {self.max_length} {self.classes}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def reads_like(self, other: "Stage") -> bool:
         """Whether both turn a text into the same tokens, so that it need not be done twice."""
@@ -329,7 +336,13 @@ def _spelling(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return ""
-    content = backend.to_str() + repr(tokenizer.model_input_names) + tokenizer.truncation_side
+    rules = json.loads(backend.to_str())
+    for passing in (
+        "truncation",
+        "padding",
+    ):  # set by every call, and saved as the last one left it
+        rules.pop(passing, None)
+    content = json.dumps(rules) + repr(tokenizer.model_input_names) + tokenizer.truncation_side
     return hashlib.sha256(content.encode()).hexdigest()
 
 

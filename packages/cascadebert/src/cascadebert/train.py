@@ -29,6 +29,7 @@ from cascadebert.finetune import (
     encode_rows,
     fine_tune,
     inputs_of,
+    refuse_other_rows,
     train_options,
 )
 from cascadebert.losses import (
@@ -64,6 +65,7 @@ def train_cascade(
     """
     labels = label_names(examples, config.train_data)
     names = [f"stage-{number + 1}" for number in range(len(config.model))]
+    refuse_other_rows(run, examples)
     runtime.wait_for_everyone()  # before asking what is there already
     order = list(range(len(names)))
     if config.distill_weight:

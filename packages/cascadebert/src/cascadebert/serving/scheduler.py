@@ -45,8 +45,9 @@ class Point:
         """A policy sheds unless it guarantees a risk, or its score has no probability to floor."""
         if not config.shed_at:
             return cls(name, policy)
-        if policy.guarantee or policy.score == "energy":
-            why = "it has a guarantee" if policy.guarantee else "energy is not a probability"
+        promised = policy.guarantee.get("method", "empirical") != "empirical"
+        if promised or policy.score == "energy":
+            why = "it has a guarantee" if promised else "energy is not a probability"
             log.info("operating point %s never sheds load: %s", name, why)
             return cls(name, policy)
         floor = math.log(config.shed_floor / (1 - config.shed_floor))
