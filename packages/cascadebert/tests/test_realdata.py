@@ -68,3 +68,17 @@ def test_the_generator_spells_with_the_letters_of_real_words(data_folder):
     pairs = {word[i : i + 2] for word in words for i in range(len(word) - 1)}
     real_pairs = {word[i : i + 2] for word in real for i in range(len(word) - 1)}
     assert len(pairs & real_pairs) / len(pairs) > 0.98
+
+
+def test_the_dictionary_gives_the_words_it_is_known_to_hold(data_folder):
+    from collections import Counter
+
+    from cascadebert.words import read_dictionary
+
+    words = read_dictionary(data_folder / "cmudict")
+    assert len(words) == 108_409
+    counts = Counter(words.labels)
+    shares = [round(100 * counts[str(number)] / len(words)) for number in range(1, 6)]
+    assert shares == [13, 47, 27, 10, 3]
+    known = dict(zip(words.texts, words.labels or [], strict=True))
+    assert (known["making"], known["aardvark"]) == ("2", "2")

@@ -239,6 +239,14 @@ def test_an_early_exit_rival_from_the_command_line(words, calibrated, command, t
         assert (out / "model" / "exits.safetensors").exists()
         assert not (out / "checkpoints").exists()
         made += ["--rival", out]
+    out = tmp_path / "first"
+    code, _, err = command(
+        "baseline", "--kind", "layers", "--layers", 1, "--model", calibrated / "stage-2",
+        "--train-data", words, "--out", out, *FAST,
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((out / "model" / "config.json").read_text())["num_hidden_layers"] == 1
+    made += ["--rival", out]
     code, _, err = command("report", "--model", calibrated, "--test-data", words / "test.jsonl",
                            "--out", tmp_path / "page", *made)  # fmt: skip
     assert code == 0, err
@@ -278,6 +286,9 @@ def test_early_exit_needs_two_layers(words, command, tmp_path):
     code, _, err = command("baseline", "--kind", "joint", "--model", "scratch:1x16", "--train-data",
                            words, "--out", tmp_path / "out", *FAST)  # fmt: skip
     assert (code, "early exit needs two layers or more" in err) == (2, True)
+    code, _, err = command("baseline", "--kind", "layers", "--layers", 3, "--model", "scratch:2x16",
+                           "--train-data", words, "--out", tmp_path / "out", *FAST)  # fmt: skip
+    assert (code, "--layers 3: must be from 1 to the backbone's 2" in err) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

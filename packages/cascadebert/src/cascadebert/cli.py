@@ -100,7 +100,7 @@ def baseline(
     data: Flat[DataConfig] = DataConfig(),
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
-    """Train an early-exit rival on one backbone: two-stage (DeeBERT) or joint (BERxiT, PABEE)."""
+    """Train a rival on one backbone: early exit, two-stage or joint, or its first layers (BERT-kL)."""
     from octavo.rundir import RunDir, options_of
     from octavo.training import check
 
@@ -351,7 +351,7 @@ def report(
     from octavo.rundir import refuse_existing
 
     from cascadebert.data import load_examples
-    from cascadebert.exits import EarlyExit
+    from cascadebert.exits import load_rival
     from cascadebert.policy import Policy
     from cascadebert.report import user_report, write_report
 
@@ -360,7 +360,7 @@ def report(
     models = _load(cascade, runtime)
     chosen = Policy.load(policy or _policy_path(cascade), models.hashes, models.backend)
     rivals = {
-        str(folder): EarlyExit.from_pretrained(folder, models.labels, cascade.max_length, runtime)
+        str(folder): load_rival(folder, models.labels, cascade.max_length, runtime)
         for folder in rival
     }
     examples = load_examples(test_data, data, split="test", labels=models.labels)
@@ -408,7 +408,7 @@ def demo(
     one gains little, and loses much beside other work.
 
     Args:
-        profile: quick (about a minute) or full (about ten, with every rival).
+        profile: quick (two or three minutes) or full (a quarter of an hour, with every rival).
         seeds: Seeds to repeat it with; claims are judged on their means, like 0,1,2.
         data: Folder with a pronouncing dictionary (cmudict.dict or .gz), for real words.
         out: Folder of the report.

@@ -10,7 +10,7 @@ RiskKind = Literal["harm", "error", "disagreement", "gap"]
 Method = Literal["ltt", "ucb", "crc", "empirical"]
 Backend = Literal["torch", "compile", "onnx", "onnx-int8"]
 Difficulty = Literal["folds", "online"]
-Rival = Literal["deebert", "joint"]
+Rival = Literal["deebert", "joint", "layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,8 @@ class BaselineConfig(FitConfig):
     """An early-exit rival on one backbone."""
 
     kind: Rival
-    """deebert: fine-tune, freeze, then an exit a layer; joint: all exits at once (BERxiT, PABEE)."""
+    """deebert: fine-tune, freeze, then an exit a layer; joint: all exits at once (BERxiT, PABEE);
+    layers: the first --layers of it, fine-tuned (BERT-kL)."""
 
     model: str
     """The backbone: hub id, local folder, or scratch:LAYERSxWIDTH; a fine-tuned one for deebert."""
@@ -191,6 +192,9 @@ class BaselineConfig(FitConfig):
 
     out: Path
     """Folder of the run."""
+
+    layers: int = 2
+    """How many layers of the backbone `layers` keeps."""
 
     exit_epochs: float = 10.0
     """Passes over the rows in which deebert's exits are trained."""

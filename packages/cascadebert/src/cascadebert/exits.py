@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from octavo.errors import ConfigError, ModelError
-from octavo.models import load_config, load_model, load_tokenizer
+from octavo.models import load_config, load_model, load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic, write_json
 from octavo.runtime import Runtime, is_main, seed_everything
 from octavo.training import TrainOptions, discard_checkpoints, fit
@@ -46,7 +46,7 @@ from cascadebert.finetune import (
 from cascadebert.losses import exit_losses
 from cascadebert.policy import sweep
 from cascadebert.scores import score
-from cascadebert.stage import Stage, batches, longest, make_stage
+from cascadebert.stage import Stage, batches, load_stage, longest, make_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,7 +170,7 @@ def train_rival(
     run: RunDir,
     runtime: Runtime = Runtime(),
 ) -> Path:
-    """Train an early-exit model and save it under the run's folder.
+    """Train a rival on one backbone and save it under the run's folder.
 
     Args:
         examples: labelled training rows.
@@ -186,13 +186,18 @@ def train_rival(
         ModelError: the backbone's layers cannot be found.
     """
     folder = run.path / "model"
-    if _depth(config) < 2:
+    depth = _depth(config)
+    if depth < 2:
         raise ConfigError(f"--model {config.model}: early exit needs two layers or more")
+    if config.kind == "layers" and not 1 <= config.layers <= depth:
+        raise ConfigError(f"--layers {config.layers}: must be from 1 to the backbone's {depth}")
     refuse_other_rows(run, examples)
     if folder.is_dir():
         log.info("%s is trained already", folder)
         return folder
     options = train_options(config)[0]
+    if config.kind == "layers":
+        return _train_first(examples, labels, options, config, run, runtime, folder)
     if config.kind == "joint":
         return _train_joint(examples, labels, options, config, run, runtime, folder)
     model, tokenizer = fine_tune(
@@ -263,6 +268,22 @@ def train_exits(
     heads: Any = CachedExits(joined.exits)
     fit(heads, rows, collate, run, "exits", options=options, runtime=runtime, loss=loss)
     return joined.eval()
+
+
+def _train_first(
+    examples: Examples, labels: Sequence[str], options: TrainOptions, config: BaselineConfig,
+    run: RunDir, runtime: Runtime, folder: Path,
+) -> Path:  # fmt: skip
+    """BERT-kL: a classifier like any other, which can stand alone or be a stage."""
+    source = source_folder(config.model, examples, config, runtime)
+    seed_everything(runtime.seed)
+    short = first_layers(new_classifier(source, labels), config.layers)
+    model, tokenizer = fine_tune(
+        "layers", source, examples, labels, options, config, run, runtime, model=short
+    )
+    save_model(folder, model, tokenizer)
+    discard_checkpoints(run, "layers")
+    return folder
 
 
 def _train_joint(
@@ -378,6 +399,23 @@ class EarlyExit:
                 found, left = _compacted(self.network, inputs, rule, bar)
                 classes[batch], exits[batch] = found.cpu(), left.cpu()
         return torch.tensor(self.stage.classes).argsort()[classes], exits
+
+
+def load_rival(
+    folder: str | Path,
+    labels: Sequence[str],
+    max_length: int | None = None,
+    runtime: Runtime = Runtime(),
+) -> "EarlyExit | Stage":
+    """What `cascadebert baseline` saved: an early-exit model, or a shallow classifier.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    place = Path(folder) / "model"
+    if (place / "config.json").is_file() and not (place / EXITS).is_file():
+        return load_stage(str(place), labels, max_length, runtime=runtime)
+    return EarlyExit.from_pretrained(folder, labels, max_length, runtime)
 
 
 class _AllLeft(Exception):

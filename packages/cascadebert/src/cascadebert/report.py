@@ -20,6 +20,7 @@ from cascadebert.evaluate import (
 from cascadebert.metrics import dis, performance_gap_recovered, reliability_table
 from cascadebert.policy import Policy, sweep
 from cascadebert.scores import log_odds
+from cascadebert.stage import Stage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,7 +102,7 @@ def user_report(
     cascade: Cascade,
     policy: Policy,
     examples: Examples,
-    rivals: Mapping[str, "EarlyExit"],
+    rivals: Mapping[str, "EarlyExit | Stage"],
     *,
     allow_same_split: bool = False,
 ) -> tuple[Report, list[dict[str, Any]]]:
@@ -111,7 +112,7 @@ def user_report(
         cascade: the models.
         policy: the thresholds.
         examples: labelled rows.
-        rivals: early-exit models by name; their curves are of these rows too.
+        rivals: early-exit models and shallow classifiers by name; their curves are of these rows too.
         allow_same_split: report on the calibration rows all the same.
 
     Returns:
@@ -135,7 +136,14 @@ def user_report(
         curves["deferred at random"] = random_curve([costs[0], costs[-1]], small, large)
         curves["oracle"] = oracle_point(costs, right)
     order = []
+    deepest = int(cascade.stages[-1].model.config.num_hidden_layers)
     for name, rival in rivals.items():
+        if isinstance(rival, Stage):
+            shallow = rival.run(rival.encode(examples), cascade.batch_tokens).argmax(dim=-1).numpy()
+            layers = int(rival.model.config.num_hidden_layers)
+            accuracy = 100 * float((shallow == np.asarray(labels)).mean())
+            curves[name] = {"speedup": [deepest / layers], "accuracy": [accuracy]}
+            continue
         exits = rival.logits(examples)
         curves[f"{name} entropy"] = points(exit_sweep(exits, labels, "entropy"))
         curves[f"{name} confidence"] = points(exit_sweep(exits, labels, "max_probability"))
