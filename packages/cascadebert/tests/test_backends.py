@@ -271,7 +271,7 @@ def test_compiled_models_answer_alike_and_are_compiled_twice_at_most(zoo, texts)
     wanted = Cascade.from_pretrained([zoo / "bert", zoo / "distilbert"], runtime=PLAIN)
     large = load_stage(str(zoo / "distilbert"), wanted.labels, None, "compile", runtime=PLAIN)
     assert large.backend == "compile-float32"
-    assert large.multiple == 8
+    assert large.multiple == 1  # of use on a GPU only
     torch._dynamo.reset()
     counters.clear()
     square = large.encode(Examples(["one two three four five six"] * 8))
