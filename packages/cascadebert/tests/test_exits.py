@@ -1,15 +1,8 @@
 import pytest
 import torch
 from cascadebert.data import Examples
-from cascadebert.exits import (
-    EarlyExit,
-    MultiExit,
-    exit_sweep,
-    first_layers,
-    layers_of,
-    patience_exits,
-    patience_table,
-)
+from cascadebert.early_exit import EarlyExit, exit_sweep, patience_exits, patience_table
+from cascadebert.exits import MultiExit, first_layers, layers_of
 from cascadebert.scores import score
 from octavo.errors import ConfigError, ModelError
 from octavo.models import load_tokenizer

@@ -11,10 +11,9 @@ from .cost import stage_cost as stage_cost
 from .data import Examples as Examples
 from .data import load_examples as load_examples
 from .difficulty import build_difficulty as build_difficulty
+from .early_exit import EarlyExit as EarlyExit
 from .evaluate import compare as compare
-from .exits import EarlyExit as EarlyExit
 from .exits import MultiExit as MultiExit
-from .exits import train_rival as train_rival
 from .losses import dar_loss as dar_loss
 from .losses import distill_loss as distill_loss
 from .losses import gatekeeper_loss as gatekeeper_loss
@@ -32,6 +31,7 @@ from .policy import sweep_separate as sweep_separate
 from .report import user_report as user_report
 from .risk import min_calibration_size as min_calibration_size
 from .risk import safe_threshold as safe_threshold
+from .rivals import train_rival as train_rival
 from .scores import log_odds as log_odds
 from .scores import score as score
 from .train import train_cascade as train_cascade

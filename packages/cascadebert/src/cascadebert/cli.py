@@ -105,8 +105,8 @@ def baseline(
     from octavo.training import check
 
     from cascadebert.data import label_names, load_examples
-    from cascadebert.exits import train_rival
     from cascadebert.finetune import check_fit, train_options
+    from cascadebert.rivals import train_rival
 
     runtime.start()
     (options,) = train_options(config)
@@ -351,7 +351,7 @@ def report(
     from octavo.rundir import refuse_existing
 
     from cascadebert.data import load_examples
-    from cascadebert.exits import load_rival
+    from cascadebert.early_exit import load_rival
     from cascadebert.policy import Policy
     from cascadebert.report import user_report, write_report
 

@@ -27,17 +27,15 @@ from cascadebert.cascade import Cascade
 from cascadebert.config import BaselineConfig, FoldConfig, TrainConfig
 from cascadebert.data import Examples
 from cascadebert.difficulty import build_difficulty
-from cascadebert.evaluate import oracle_point, points, random_curve
-from cascadebert.exits import (
+from cascadebert.early_exit import (
     EarlyExit,
     Signal,
     exit_sweep,
-    first_layers,
     patience_exits,
     patience_table,
-    train_exits,
-    train_rival,
 )
+from cascadebert.evaluate import oracle_point, points, random_curve
+from cascadebert.exits import first_layers
 from cascadebert.finetune import fine_tune
 from cascadebert.metrics import (
     dis,
@@ -49,6 +47,7 @@ from cascadebert.metrics import (
 )
 from cascadebert.policy import Policy, fit_policy, running_maximum, sweep
 from cascadebert.risk import item_losses, risk_sums, safe_threshold
+from cascadebert.rivals import train_exits, train_rival
 from cascadebert.scores import log_odds, score
 from cascadebert.stage import Stage, load_stage
 from cascadebert.train import stage_loss, train_cascade

@@ -25,7 +25,7 @@ from cascadebert.stage import Stage
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from cascadebert.exits import EarlyExit
+    from cascadebert.early_exit import EarlyExit
     from cascadebert.experiment import Found
 
 Curve = Mapping[str, Sequence[float]]
@@ -118,7 +118,7 @@ def user_report(
     Returns:
         The page, and the rows of its first table.
     """
-    from cascadebert.exits import exit_sweep, patience_table
+    from cascadebert.early_exit import exit_sweep, patience_table
 
     refuse_calibration_rows(policy, examples, allow_same_split)
     labels = cascade.class_numbers(examples)
