@@ -2,7 +2,7 @@ import json
 
 import pytest
 from cascadebert.demo import REAL, exceptions, judge
-from cascadebert.experiment import Found
+from cascadebert.measure import Found
 from cascadebert.report import mean_rows
 from octavo.cli import run
 from octavo.report import load_claims

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from cascadebert import experiment, policy
+from cascadebert import experiment, measure, policy
 from cascadebert.demo import REAL, deal, judge
 from cascadebert.experiment import LARGE, SMALL, Profile, run_seed
 from cascadebert.train import train_cascade
@@ -57,8 +57,8 @@ def test_random_confidence_fails(models, monkeypatch):
         return torch.randn(len(logits), generator=generator, dtype=torch.float64)
 
     monkeypatch.setattr(policy, "score", noise)
-    monkeypatch.setattr(experiment, "score", noise)
-    monkeypatch.setattr(experiment, "log_odds", noise)
+    monkeypatch.setattr(measure, "score", noise)
+    monkeypatch.setattr(measure, "log_odds", noise)
     assert verdicts(models)["Its confidence knows what to defer"] is False
 
 
@@ -70,7 +70,7 @@ def test_thresholds_of_other_confidences_miss_the_speed_up(models, monkeypatch):
     def surer(logits, *rest, **options):
         return fit([3 * logits[0], *logits[1:]], *rest, **options)
 
-    monkeypatch.setattr(experiment, "fit_policy", surer)
+    monkeypatch.setattr(measure, "fit_policy", surer)
     found = verdicts(models)
     assert found[SPEED] is False
 

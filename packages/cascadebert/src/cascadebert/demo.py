@@ -19,7 +19,8 @@ from octavo.runtime import Runtime
 
 from cascadebert.config import FoldConfig
 from cascadebert.data import Examples
-from cascadebert.experiment import LARGE, SMALL, Found, Profile, run_seed
+from cascadebert.experiment import LARGE, SMALL, Profile, run_seed
+from cascadebert.measure import Found
 from cascadebert.report import demo_report, mean_rows
 from cascadebert.words import generate_words, read_dictionary
 

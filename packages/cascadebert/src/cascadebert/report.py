@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cascadebert.early_exit import EarlyExit
-    from cascadebert.experiment import Found
+    from cascadebert.measure import Found
 
 Curve = Mapping[str, Sequence[float]]
 
