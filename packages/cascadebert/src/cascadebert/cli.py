@@ -1,5 +1,7 @@
 """The stations of the method as commands; each does what its name says on the user's own data."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,10 @@ from cascadebert.config import (
 )
 
 if TYPE_CHECKING:
+    from octavo.rundir import RunDir
+
     from cascadebert.cascade import Cascade
+    from cascadebert.data import Examples
     from cascadebert.policy import Policy
 
 app = make_app(
@@ -39,18 +44,11 @@ def train(
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
     """Fine-tune two complete models or more of rising size on a labelled file."""
-    from octavo.rundir import RunDir, options_of
-
-    from cascadebert.data import load_examples
     from cascadebert.train import check_models, train_cascade
 
-    runtime.start()
     config = with_preset(config)
-    check_models(config)
-    examples = load_examples(config.train_data, data, split="train")
-    options = options_of(config, data, runtime)
-    with RunDir.open(config.out, options, config.overwrite) as run:
-        labels = train_cascade(examples, config, run, runtime)
+    with _training(config, data, runtime, partial(check_models, config)) as (examples, labels, run):
+        train_cascade(examples, config, run, runtime)
     rows = [
         {"stage": number, "model": model, "folder": str(config.out / f"stage-{number}")}
         for number, model in enumerate(config.model, 1)
@@ -68,21 +66,12 @@ def difficulty(
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
     """Measure how difficult each training row is, by models that did not see it."""
-    from octavo.rundir import RunDir, options_of
-    from octavo.training import check
-
-    from cascadebert.data import label_names, load_examples
     from cascadebert.difficulty import build_difficulty, check_folds
-    from cascadebert.finetune import check_fit, train_options
+    from cascadebert.finetune import check_single, train_options
 
-    runtime.start()
-    (options,) = train_options(config)
-    check(options)
-    check_fit(config, config.model, config.out)
-    examples = load_examples(config.train_data, data, split="train")
-    check_folds(config, len(examples))
-    labels = label_names(examples, config.train_data)
-    with RunDir.open(config.out, options_of(config, data, runtime), config.overwrite) as run:
+    checks = partial(check_single, config, config.model, config.out), partial(check_folds, config)
+    with _training(config, data, runtime, *checks) as (examples, labels, run):
+        (options,) = train_options(config)
         levels = build_difficulty(
             config.model, examples, labels, options, config, config, run, "difficulty", runtime
         )
@@ -101,20 +90,11 @@ def baseline(
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
     """Train a rival on one backbone: early exit, two-stage or joint, or its first layers (BERT-kL)."""
-    from octavo.rundir import RunDir, options_of
-    from octavo.training import check
-
-    from cascadebert.data import label_names, load_examples
-    from cascadebert.finetune import check_fit, train_options
+    from cascadebert.finetune import check_single
     from cascadebert.rivals import train_rival
 
-    runtime.start()
-    (options,) = train_options(config)
-    check(options)
-    check_fit(config, config.model, config.out)
-    examples = load_examples(config.train_data, data, split="train")
-    labels = label_names(examples, config.train_data)
-    with RunDir.open(config.out, options_of(config, data, runtime), config.overwrite) as run:
+    checked = partial(check_single, config, config.model, config.out)
+    with _training(config, data, runtime, checked) as (examples, labels, run):
         folder = train_rival(examples, labels, config, run, runtime)
     row = {"kind": config.kind, "backbone": config.model, "folder": str(folder)}
     return Outcome(
@@ -437,6 +417,36 @@ def serve(
     runtime.start()
     policies = config.policy or (_policy_path(cascade),)
     run_service(lambda: _load(cascade, runtime), policies, config, runtime.threads)
+
+
+@contextmanager
+def _training(
+    config: TrainConfig | DifficultyConfig | BaselineConfig,
+    data: DataConfig,
+    runtime: Runtime,
+    check_options: Callable[[], object],
+    check_rows: Callable[[int], object] = lambda rows: None,
+) -> Iterator[tuple["Examples", list[str], "RunDir"]]:
+    """Labelled rows, their label names and the open run, once everything has been checked.
+
+    Args:
+        config: names the rows and the run's folder.
+        data: how the rows are read.
+        runtime: started here.
+        check_options: raises before rows are read.
+        check_rows: raises for so many rows, before anything is written.
+    """
+    from octavo.rundir import RunDir, options_of
+
+    from cascadebert.data import label_names, load_examples
+
+    runtime.start()
+    check_options()
+    examples = load_examples(config.train_data, data, split="train")
+    check_rows(len(examples))
+    labels = label_names(examples, config.train_data)
+    with RunDir.open(config.out, options_of(config, data, runtime), config.overwrite) as run:
+        yield examples, labels, run
 
 
 def _load(config: CascadeConfig, runtime: Runtime) -> "Cascade":

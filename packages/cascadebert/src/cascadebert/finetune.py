@@ -12,7 +12,7 @@ from octavo.errors import ConfigError
 from octavo.models import load_config, load_model, load_tokenizer
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, seed_everything
-from octavo.training import Loss, TrainOptions, fit
+from octavo.training import Loss, TrainOptions, check, fit
 from torch.nn.functional import cross_entropy
 
 from cascadebert.config import FitConfig
@@ -187,6 +187,18 @@ def check_fit(config: FitConfig, source: str, out: Path) -> None:
         raise ConfigError(f"--model {source}: lies in --out, which is written to")
     load_config(source)
     load_tokenizer(source)
+
+
+def check_single(config: FitConfig, source: str, out: Path) -> None:
+    """Find out before anything is written whether one model can be trained as configured.
+
+    Raises:
+        ConfigError: a setting is out of range, or the model lies in the folder that is written to.
+        ModelError: the model cannot be had.
+    """
+    (options,) = train_options(config)
+    check(options)
+    check_fit(config, source, out)
 
 
 def train_options(config: FitConfig, models: int = 1) -> list[TrainOptions]:
