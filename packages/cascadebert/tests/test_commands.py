@@ -126,6 +126,7 @@ def test_policies_for_other_targets(calibrated, words, command, tmp_path):
         ("--min-accuracy", 0.55): "accuracy",
         ("--max-cost", 0.9, "--cost", "latency", "--score", "learned"): "cost",
         ("--max-risk", 0.05, "--risk", "harm", "--temperature"): "risk",
+        ("--target-speedup", 2.0, "--score", "learned"): "speedup",
         ("--max-risk", 0.1, "--risk", "disagreement", "--method", "crc", "--score", "entropy"): "risk",
     }.items()):  # fmt: skip
         out = tmp_path / f"{number}.json"
@@ -134,6 +135,8 @@ def test_policies_for_other_targets(calibrated, words, command, tmp_path):
             assert "--max-cost 0.9 is out of reach" in err  # a slow machine
             continue
         assert code in (0, 3), err
+        part = "150 of " if "--temperature" in options or "learned" in options else ""
+        assert f"On {part}the 300 calibration rows" in shown
         stored = json.loads(out.read_text())
         assert stored["target"] == {key: options[1]}
         assert bool(stored["guarantee"]) == (key == "risk")

@@ -328,26 +328,23 @@ class Cascade:
             what = "--temperature" if config.temperature else "--score learned"
             raise ConfigError(f"{what}: needs labels")
         form = Policy([], config.score)
-        fitting, rest = slice(None), slice(None)
+        choosing, fitting = slice(None), slice(None)
         if config.score == "learned" or (config.temperature and config.max_risk is not None):
-            fitting, rest = (
-                slice(0, None, 2),
-                slice(1, None, 2),
-            )  # a guarantee needs rows unseen so far
+            choosing, fitting = slice(0, None, 2), slice(1, None, 2)  # thresholds need unseen rows
         if config.temperature and labels is not None:
-            fitted = [fit_temperature(here[rest], labels[rest]) for here in everything]
+            fitted = [fit_temperature(here[fitting], labels[fitting]) for here in everything]
             form = replace(form, temperatures=fitted)
         if config.score == "learned" and labels is not None:
-            truth = torch.tensor(labels[rest])
-            half = [here[rest] / form.temperature(i) for i, here in enumerate(everything[:-1])]
+            truth = torch.tensor(labels[fitting])
+            half = [here[fitting] / form.temperature(i) for i, here in enumerate(everything[:-1])]
             right = [(here.argmax(dim=-1) == truth).tolist() for here in half]
             heads = [dict(fit_head(*pair)) for pair in zip(half, right, strict=True)]
             form = replace(form, heads=heads)
         targets = (config.target_speedup, config.min_accuracy, config.max_cost, config.max_risk)
         nothing_asked = all(target is None for target in targets)
         policy = fit_policy(
-            [here[fitting] for here in everything],
-            None if labels is None else labels[fitting],
+            [here[choosing] for here in everything],
+            None if labels is None else labels[choosing],
             [price.of(config.cost) for price in costs],
             3.0 if nothing_asked else config.target_speedup,
             min_accuracy=config.min_accuracy,
@@ -364,6 +361,7 @@ class Cascade:
         deciles = first.quantile(torch.linspace(0.1, 0.9, 9, dtype=torch.float64)).tolist()
         calibration: dict[str, Any] = {
             "rows": len(examples),
+            "chosen_on": len(everything[0][choosing]),
             "labelled": labels is not None,
             "lengths": lengths,
             "deciles": deciles,

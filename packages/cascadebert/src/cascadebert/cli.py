@@ -153,8 +153,10 @@ def calibrate(
     for stage in policy.calibration.get("superfluous", []):
         note += f"\nStage {stage + 1} adds nothing at this speed: a cascade without it does as well"
     slower = policy.achieved["speedup"] < 1
+    chosen_on = policy.calibration["chosen_on"]
+    part = f"{chosen_on} of " if chosen_on < len(examples) else ""
     return Outcome(
-        {f"On the {len(examples)} calibration rows": [row]},
+        {f"On {part}the {len(examples)} calibration rows": [row]},
         note=note,
         no="the last stage alone is faster: too few rows leave early for this target" * slower,
     )

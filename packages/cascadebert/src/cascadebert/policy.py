@@ -51,7 +51,8 @@ class Policy:
         guarantee: risk, alpha, delta, method, number of rows, and the whole in words.
         models: hash of each stage's weights; the policy serves these models alone.
         backend: what computed the logits, with its precision; another one has other confidences.
-        calibration: number of rows, their hashes, tokens a stage, deciles of the first stage's score.
+        calibration: number of rows, how many of them the thresholds were chosen on (`achieved` is of
+            these), their hashes, tokens a stage, deciles of the first stage's score.
     """
 
     thresholds: list[float]
