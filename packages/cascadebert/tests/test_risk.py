@@ -52,6 +52,18 @@ def test_how_many_rows_a_guarantee_takes():
         assert binomial_p(np.array([0]), enough - 1, alpha)[0] > delta
 
 
+@pytest.mark.parametrize(("alpha", "delta"), [(0.01, 0.1), (0.05, 0.05), (0.3, 0.3), (0.9, 0.5)])
+def test_how_many_rows_a_bet_takes(alpha, delta):
+    enough = min_calibration_size(alpha, delta, "ucb")
+    assert enough >= min_calibration_size(alpha, delta)
+    reach, losses = np.zeros((1, enough)), np.zeros((2, enough))
+    assert safe_threshold(reach, losses, alpha, method="ucb", delta=delta) == GRID[-1]
+    assert enough == 1 or betting_p(np.zeros(enough - 1), alpha, delta) > delta
+    if enough > 1:
+        with pytest.raises(ConfigError, match=f"{enough - 1} .* it takes {enough} or more"):
+            safe_threshold(reach[:, 1:], losses[:, 1:], alpha, method="ucb", delta=delta)
+
+
 def test_the_walk_stops_before_the_first_that_is_not_shown():
     assert walk(np.array([0.0, 0.05, 0.2, 0.01]), 0.1) == 2  # not beyond a failure
     assert walk(np.array([0.5, 0.0]), 0.1) == 0

@@ -27,12 +27,33 @@ from cascadebert.config import Method, RiskKind
 GRID = np.concatenate([[np.inf], np.arange(2000, -501, -1) / 50])
 
 
-def min_calibration_size(alpha: float, delta: float) -> int:
+def min_calibration_size(alpha: float, delta: float, method: Method = "ltt") -> int:
     """Rows without a single failure that it takes to show a risk of at most alpha.
 
-    ln(delta) / ln(1 - alpha), rounded up: 230 for 1 % with confidence 90 %.
+    For `ltt` ln(delta) / ln(1 - alpha), rounded up: 230 for 1 % with confidence 90 %. For `ucb` the
+    smallest number at which the bet pays, about twice as many. `crc` takes 1 / alpha - 1, and
+    `empirical` one.
+
+    Args:
+        alpha: the bound, between 0 and 1.
+        delta: probability that the calibration rows mislead.
+        method: how the risk is shown.
     """
-    return math.ceil(math.log(delta) / math.log1p(-alpha))
+    if method == "empirical":
+        return 1
+    if method == "crc":
+        return math.ceil(1 / alpha) - 1
+    binomial = math.ceil(math.log(delta) / math.log1p(-alpha))
+    if method == "ltt":
+        return binomial
+    low, high = 0, binomial
+    while betting_p(np.zeros(high), alpha, delta) > delta:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = betting_p(np.zeros(middle), alpha, delta) <= delta
+        low, high = (low, middle) if enough else (middle, high)
+    return high
 
 
 def item_losses(kind: RiskKind, answers: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
@@ -160,15 +181,15 @@ def safe_threshold(
         raise ConfigError(f"--delta {delta}: must lie between 0 and 1")
     if method == "crc" and kind not in ("harm", "disagreement"):
         raise ConfigError(f"--method crc: needs a risk that only rises; {kind} is none, use ltt")
-    if kind != "gap" and method in ("ltt", "ucb") and items < min_calibration_size(alpha, delta):
-        raise ConfigError(
-            f"{items} calibration rows cannot show a risk of {alpha:g} with confidence "
-            f"{1 - delta:g}: it takes {min_calibration_size(alpha, delta)} or more"
+    enough = 1 if kind == "gap" else min_calibration_size(alpha, delta, method)
+    if items < enough:
+        shown = (
+            f"an expected risk of {alpha:g}"
+            if method == "crc"
+            else f"a risk of {alpha:g} with confidence {1 - delta:g}"
         )
-    if method == "crc" and items < math.ceil(1 / alpha) - 1:
         raise ConfigError(
-            f"{items} calibration rows cannot show an expected risk of {alpha:g}: it takes "
-            f"{math.ceil(1 / alpha) - 1} or more"
+            f"{items} calibration rows cannot show {shown}: it takes {enough} or more"
         )
     if method == "crc":
         losses = np.maximum.accumulate(losses[::-1], axis=0)[::-1]  # what any later exit would cost
