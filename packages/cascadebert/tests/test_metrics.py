@@ -6,6 +6,7 @@ import torch
 from cascadebert.metrics import (
     aurc,
     brier,
+    call_performance_threshold,
     dis,
     ece,
     fit_temperature,
@@ -157,3 +158,13 @@ def test_scores_that_are_not_there():
         score(logits, "learned")
     with pytest.raises(ConfigError, match="needs rows the stage gets right and rows it gets wrong"):
         fit_head(logits, [True] * 10)
+
+
+def test_how_few_items_the_large_model_must_see_by_hand():
+    """From 0.7 to 0.9: half of the gap is at 0.8, four fifths at 0.86."""
+    shares = [1.0, 0.6, 0.4, 0.1, 0.3, 0.0]
+    accuracies = [0.9, 0.88, 0.84, 0.75, 0.80, 0.7]
+    for part, share in ((0.5, 0.3), (0.8, 0.6), (1.0, 1.0), (0.0, 0.0)):
+        assert call_performance_threshold(shares, accuracies, 0.7, 0.9, part) == share
+    assert math.isnan(call_performance_threshold(shares, accuracies, 0.9, 0.9, 0.5))
+    assert math.isnan(call_performance_threshold([0.1], [0.75], 0.7, 0.9, 0.5))

@@ -1,7 +1,16 @@
 """What the figures of a report show."""
 
 import numpy as np
-from cascadebert.report import NOMINAL, clock_figure, curve_figure, heat_figure, reliability_figure
+import torch
+from cascadebert.policy import sweep
+from cascadebert.report import (
+    NOMINAL,
+    call_row,
+    clock_figure,
+    curve_figure,
+    heat_figure,
+    reliability_figure,
+)
 
 
 def labels(axes):
@@ -47,3 +56,12 @@ def test_what_a_speed_up_counts_stands_on_its_axis():
     assert labels(curve_figure(curves, NOMINAL).axes[0])[0] == (
         "speed-up over the large model (FLOPs for cascades, layers for exits)"
     )
+
+
+def test_how_few_rows_must_reach_the_last_stage():
+    """Of four rows the first stage is wrong on its two least certain, and the last is always right."""
+    first = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0]])
+    labels = [1, 1, 0, 0]
+    last = torch.nn.functional.one_hot(torch.tensor(labels), 2).double()
+    table = sweep([first, last], labels, [1.0, 6.0])
+    assert call_row(table, 2, 0.5, 1.0) == {"CPT(50)": 25.0, "CPT(80)": 50.0}

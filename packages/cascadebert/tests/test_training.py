@@ -251,7 +251,8 @@ def test_an_early_exit_rival_from_the_command_line(words, calibrated, command, t
                            "--out", tmp_path / "page", *made)  # fmt: skip
     assert code == 0, err
     page = (tmp_path / "page" / "report.html").read_text()
-    for words_there in ("deebert", "joint", "cascade, by stage", "Reliability of stage 2"):
+    parts = ("deebert", "joint", "cascade, by stage", "CPT(80)", "Reliability of stage 2")
+    for words_there in parts:
         assert words_there in page
     assert page.count("data:image/png") == 2
     assert json.loads((tmp_path / "joint" / "model" / "exits.json").read_text())["max_length"] == 16

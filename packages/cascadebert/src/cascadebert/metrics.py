@@ -167,3 +167,28 @@ def performance_gap_recovered(
     cost, height = cost[order], (np.asarray(accuracies, float)[order] - small) / (large - small)
     span = cost[-1] - cost[0]
     return float(np.trapezoid(height, cost) / span) if span > 0 else float("nan")
+
+
+def call_performance_threshold(
+    shares: Sample, accuracies: Sample, small: float, large: float, recovered: float
+) -> float:
+    """RouteLLM's CPT: how few items the large model must see to recover so much of the gap to it.
+
+    The smallest share at any point of the curve that is good enough (Ong et al. 2024, who
+    interpolate between points; here every threshold is a point).
+
+    Args:
+        shares: of the items, those that go to the large model at each point of the curve, [n].
+        accuracies: at these points, [n].
+        small: accuracy of the small model alone.
+        large: accuracy of the large model alone.
+        recovered: the wanted part of the gap, 0 to 1; 0.5 for CPT(50).
+
+    Returns:
+        From 0 to 1; NaN where the large model is not the better one, or no point is good enough.
+    """
+    if large <= small:
+        return float("nan")
+    wanted = small + recovered * (large - small)
+    good = np.asarray(accuracies, float) >= wanted - 1e-12
+    return float(np.asarray(shares, float)[good].min()) if good.any() else float("nan")

@@ -17,12 +17,18 @@ from cascadebert.evaluate import (
     refuse_calibration_rows,
     stage_quality,
 )
-from cascadebert.metrics import dis, performance_gap_recovered, reliability_table
+from cascadebert.metrics import (
+    call_performance_threshold,
+    dis,
+    performance_gap_recovered,
+    reliability_table,
+)
 from cascadebert.policy import Policy, sweep
 from cascadebert.scores import log_odds
 from cascadebert.stage import Stage
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from cascadebert.early_exit import EarlyExit
@@ -178,6 +184,11 @@ def user_report(
         if recovered == recovered
         else "The last stage is no better than the first here: there is no gap to recover."
     )
+    if recovered == recovered:
+        report.table(
+            "Rows in % that must reach the last stage to recover 50 and 80 % of the gap",
+            [call_row(table, len(everything), small / 100, large / 100)],
+        )
     report.table("Difficulty inversion score by layer", order)
     report.table("Confidence of each stage", stage_quality(cascade, policy, examples))
     for number, logits in enumerate(everything, 1):
@@ -192,6 +203,23 @@ def user_report(
     names = np.asarray(examples.labels)
     report.table("Who leaves where, by class", exit_shares(answers.stages.numpy(), names))
     return report, rows
+
+
+def call_row(table: "pd.DataFrame", stages: int, small: float, large: float) -> dict[str, float]:
+    """CPT(50) and CPT(80) of a sweep, in percent of its items.
+
+    Args:
+        table: from `sweep`, with accuracies.
+        stages: how many the cascade has.
+        small: accuracy of the first stage alone, 0 to 1.
+        large: accuracy of the last stage alone.
+    """
+    shares, accuracies = (table[name].to_numpy() for name in (f"share_{stages}", "accuracy"))
+    return {
+        f"CPT({part})": 100
+        * call_performance_threshold(shares, accuracies, small, large, part / 100)
+        for part in (50, 80)
+    }
 
 
 def exit_shares(stages: np.ndarray, groups: np.ndarray) -> list[dict[str, Any]]:
