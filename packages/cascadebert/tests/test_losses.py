@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from cascadebert.losses import (
@@ -6,6 +8,7 @@ from cascadebert.losses import (
     distill_loss,
     exit_losses,
     gatekeeper_loss,
+    joint_loss,
     online_difficulty,
 )
 from torch.autograd import gradcheck
@@ -73,7 +76,10 @@ def test_gradients():
     assert gradcheck(lambda x: dar_loss(confidence(x), hard, 0.37), logits)
     assert gradcheck(lambda x: gatekeeper_loss(x, labels, 0.3), logits)
     assert gradcheck(lambda x: distill_loss(x, teacher, 2.0), logits)
-    assert gradcheck(lambda x: exit_losses([x, 2 * x], labels), logits)
+    assert gradcheck(lambda x: exit_losses([x, 2 * x], labels, [x[:, 0]]), logits)
+    for objective, step in (("weighted", 1), ("alternating", 1), ("alternating", 2)):
+        each = torch.tensor([0.3, 2.0, 5.0], dtype=torch.float64, requires_grad=True)
+        assert gradcheck(partial(joint_loss, objective=objective, step=step), each)
 
 
 def test_difficulty_of_the_moment():
@@ -100,5 +106,18 @@ def test_exits_weigh_as_their_layer():
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     exits = [logits_of(seed=seed).detach() for seed in range(3)]
     each = [cross_entropy(exit, labels).item() for exit in exits]
+    losses = exit_losses(exits, labels)
+    assert losses.tolist() == pytest.approx(each)
     expected = (each[0] + 2 * each[1] + 3 * each[2]) / 6
-    assert exit_losses(exits, labels).item() == pytest.approx(expected)
+    assert joint_loss(losses, "weighted", 1).item() == pytest.approx(expected)
+    for step, alternating in ((1, each[2]), (2, sum(each)), (3, each[2])):
+        assert joint_loss(losses, "alternating", step).item() == pytest.approx(alternating)
+
+
+def test_learning_to_exit_by_hand():
+    """Right and sure, right and unsure, wrong and unsure: certainties 0.9, 0.5 and 0.5."""
+    early = torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    labels, certainty = torch.tensor([0, 0, 1]), torch.logit(torch.tensor([0.9, 0.5, 0.5]))
+    plain = exit_losses([early, early], labels)
+    learned = exit_losses([early, early], labels, [certainty])
+    assert (learned - plain).tolist() == pytest.approx([(0.01 + 0.25 + 0.25) / 3, 0.0])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cascadebert import report
 from cascadebert.cascade import Cascade
 from cascadebert.config import PAPER, FoldConfig, TrainConfig, with_preset
 from cascadebert.difficulty import load_difficulty, to_levels
@@ -229,12 +230,22 @@ def test_the_papers_preset():
     assert set(PAPER) <= set(TrainConfig.__dataclass_fields__)
 
 
-def test_an_early_exit_rival_from_the_command_line(words, calibrated, command, tmp_path):
-    made = []
-    for kind, model in (("deebert", calibrated / "stage-2"), ("joint", "scratch:2x32")):
+def test_an_early_exit_rival_from_the_command_line(
+    words, calibrated, command, tmp_path, monkeypatch
+):
+    made, drawn = [], {}
+    draw = report.curve_figure
+    monkeypatch.setattr(
+        report, "curve_figure", lambda curves, unit: (drawn.update(curves), draw(curves, unit))[1]
+    )
+    berxit = ["--objective", "alternating", "--learn-to-exit"]
+    for kind, model, options in (
+        ("deebert", calibrated / "stage-2", []),
+        ("joint", "scratch:2x32", berxit),
+    ):
         out = tmp_path / kind
         code, _, err = command("baseline", "--kind", kind, "--model", model, "--train-data", words,
-                               "--out", out, *FAST)  # fmt: skip
+                               "--out", out, *FAST, *options)  # fmt: skip
         assert code == 0, err
         assert (out / "model" / "exits.safetensors").exists()
         assert not (out / "checkpoints").exists()
@@ -255,6 +266,8 @@ def test_an_early_exit_rival_from_the_command_line(words, calibrated, command, t
     for words_there in parts:
         assert words_there in page
     assert page.count("data:image/png") == 2
+    assert f"{tmp_path / 'joint'} learned" in drawn
+    assert f"{tmp_path / 'deebert'} learned" not in drawn
     assert json.loads((tmp_path / "joint" / "model" / "exits.json").read_text())["max_length"] == 16
     code, _, err = command("report", "--model", calibrated, "--test-data", words / "test.jsonl",
                            "--out", tmp_path / "page")  # fmt: skip
@@ -290,6 +303,10 @@ def test_early_exit_needs_two_layers(words, command, tmp_path):
     code, _, err = command("baseline", "--kind", "layers", "--layers", 3, "--model", "scratch:2x16",
                            "--train-data", words, "--out", tmp_path / "out", *FAST)  # fmt: skip
     assert (code, "--layers 3: must be from 1 to the backbone's 2" in err) == (2, True)
+    for option in (["--objective", "alternating"], ["--learn-to-exit"]):
+        code, _, err = command("baseline", "--kind", "deebert", "--model", "scratch:2x16", *option,
+                               "--train-data", words, "--out", tmp_path / "out", *FAST)  # fmt: skip
+        assert (code, "are of --kind joint" in err) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,6 +11,7 @@ Method = Literal["ltt", "ucb", "crc", "empirical"]
 Backend = Literal["torch", "compile", "onnx", "onnx-int8"]
 Difficulty = Literal["folds", "online"]
 Rival = Literal["deebert", "joint", "layers"]
+Objective = Literal["weighted", "alternating"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +196,13 @@ class BaselineConfig(FitConfig):
 
     layers: int = 2
     """How many layers of the backbone `layers` keeps."""
+
+    objective: Objective = "weighted"
+    """Of joint. weighted: all exits, each by its layer's number (PABEE); alternating: the last layer
+    in odd steps and the sum over all exits in even ones (BERxiT)."""
+
+    learn_to_exit: bool = False
+    """Train a head in joint that tells how certain each exit is: BERxiT's, for the rule `learned`."""
 
     exit_epochs: float = 10.0
     """Passes over the rows in which deebert's exits are trained."""

@@ -1,7 +1,8 @@
 """Early exit as it is used: an item leaves at the first exit that a rule accepts.
 
-Rules: leave when confident (1 - entropy or largest probability), or when `patience` exits in a row
-agree. Items are dropped from the batch as they leave, layer by layer, so that an exit saves real time.
+Rules: leave when confident (1 - entropy or largest probability), when BERxiT's head has `learned` that
+the exit is right, or when `patience` exits in a row agree. Items are dropped from the batch as they
+leave, layer by layer, so that an exit saves real time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,19 +14,19 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo.models import load_tokenizer
 from octavo.runtime import Runtime
 from torch import Tensor, nn
 
 from cascadebert.data import Examples
-from cascadebert.exits import EXITS, MultiExit, layers_of
+from cascadebert.exits import EXITS, ExitOutput, MultiExit, layers_of
 from cascadebert.policy import sweep
 from cascadebert.scores import score
 from cascadebert.stage import Stage, batches, load_stage, make_stage
 
 Signal = Literal["max_probability", "entropy"]
-Rule = Literal["max_probability", "entropy", "patience"]
+Rule = Literal["max_probability", "entropy", "learned", "patience"]
 
 
 @dataclass
@@ -71,16 +72,26 @@ class EarlyExit:
 
     def logits(self, examples: Examples) -> list[Tensor]:
         """Logits of every exit on all examples, each [items, classes] of float32 on the CPU."""
+        return self.outputs(examples).logits
+
+    def outputs(self, examples: Examples) -> ExitOutput:
+        """Logits and certainties of every exit on all examples, of float32 on the CPU."""
         encoded = self.stage.encode(examples)
-        count = len(self.network.exits) + 1
-        result = [torch.empty(len(encoded), len(self.stage.labels)) for _ in range(count)]
+        early = len(self.network.exits)
+        certain = early if self.network.certainty is not None else 0
+        result = ExitOutput(
+            [torch.empty(len(encoded), len(self.stage.labels)) for _ in range(early + 1)],
+            [torch.empty(len(encoded)) for _ in range(certain)],
+        )
         device = next(self.network.parameters()).device
         with torch.inference_mode():
             for batch in batches(encoded.lengths, self.batch_tokens):
                 inputs = self.stage.pad([encoded.rows[i] for i in batch])
                 found = self.network(**{key: value.to(device) for key, value in inputs.items()})
-                for exit, logits in zip(result, found, strict=True):
+                for exit, logits in zip(result.logits, found.logits, strict=True):
                     exit[batch] = logits[:, self.stage.classes].float().cpu()
+                for exit, certainty in zip(result.certainties, found.certainties, strict=True):
+                    exit[batch] = certainty.float().cpu()
         return result
 
     def predict(self, examples: Examples, rule: Rule, bar: float) -> tuple[Tensor, Tensor]:
@@ -88,13 +99,18 @@ class EarlyExit:
 
         Args:
             examples: any number of them.
-            rule: max_probability or entropy, whose score must lie above the bar, or patience.
+            rule: max_probability, entropy or learned, whose score must lie above the bar, or patience.
             bar: the threshold in log-odds, or the number of exits in a row that must agree with
                 the one before.
 
         Returns:
             Predicted classes and exits (from 0), both [items] of int64.
+
+        Raises:
+            ConfigError: the rule is learned, and the model was trained without --learn-to-exit.
         """
+        if rule == "learned" and self.network.certainty is None:
+            raise ConfigError("the rule learned needs a model trained with --learn-to-exit")
         encoded = self.stage.encode(examples)
         classes = torch.empty(len(encoded), dtype=torch.long)
         exits = torch.empty(len(encoded), dtype=torch.long)
@@ -151,6 +167,8 @@ def _compacted(
             streak[alive] = torch.where(same, streak[alive] + 1, torch.zeros_like(streak[alive]))
             before[alive] = answer
             leave = streak[alive] >= bar
+        elif rule == "learned" and network.certainty is not None:
+            leave = network.certainty(state[:, 0])[:, 0].float() > bar
         else:
             leave = score(logits.float(), rule) > bar
         gone = alive[leave]
@@ -205,13 +223,23 @@ def _dropping(model: nn.Module, size: int, alive: Any, after: Any) -> Iterator[N
 
 
 def exit_sweep(
-    logits: Sequence[Tensor], labels: Sequence[int], kind: Signal = "entropy"
+    logits: Sequence[Tensor],
+    labels: Sequence[int],
+    signal: Signal | Sequence[Tensor] = "entropy",
 ) -> pd.DataFrame:
     """Accuracy and speed-up in layers at every threshold, exactly, as `sweep` gives it of a cascade.
 
     An item that leaves at exit i has paid i layers: layers are visited once, so each costs one.
+
+    Args:
+        logits: of every exit, each [items, classes].
+        labels: the right classes.
+        signal: what is compared with the threshold: a score of the logits, or given scores of every
+            exit but the last, each [items].
     """
-    scores = [score(exit, kind) for exit in logits[:-1]]
+    scores = (
+        [score(exit, signal) for exit in logits[:-1]] if isinstance(signal, str) else list(signal)
+    )
     table = sweep(logits, labels, [1.0] * len(logits), scores)
     return table.assign(speedup=len(logits) * table["speedup"])
 

@@ -6,9 +6,8 @@ it goes through in order. The classifier is saved as the ecosystem does, its exi
 
 import copy
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -74,28 +73,45 @@ def first_layers(model: "PreTrainedModel", count: int) -> "PreTrainedModel":
     return short
 
 
+class ExitOutput(NamedTuple):
+    """What every exit answers.
+
+    Attributes:
+        logits: of every exit, each [batch, classes], the first layer's first.
+        certainties: log-odds that an exit is right, of every exit but the last, each [batch]; none
+            without a head that tells them.
+    """
+
+    logits: list[Tensor]
+    certainties: list[Tensor]
+
+
 class MultiExit(nn.Module):
     """A sequence classifier with an exit after every layer but the last, where its own head stands.
 
     Args:
         model: the classifier.
-        exits: one a layer but the last; new ones by default.
+        learn_to_exit: with BERxiT's head, linear on an exit's state and shared by all exits, that
+            tells how certain an exit is.
     """
 
-    def __init__(self, model: "PreTrainedModel", exits: Sequence[Exit] | None = None) -> None:
+    def __init__(self, model: "PreTrainedModel", learn_to_exit: bool = False) -> None:
         super().__init__()
         self.model = model
         layers_of(model)
         count = int(model.config.num_hidden_layers)
         width, classes = int(model.config.hidden_size), int(model.config.num_labels or 2)
-        self.exits = nn.ModuleList(exits or [Exit(width, classes) for _ in range(count - 1)])
+        self.exits = nn.ModuleList([Exit(width, classes) for _ in range(count - 1)])
+        self.certainty = nn.Linear(width, 1) if learn_to_exit else None
 
-    def forward(self, **inputs: Tensor) -> list[Float[Tensor, "batch classes"]]:
-        """Logits of every exit, the first layer's first."""
+    def forward(self, **inputs: Tensor) -> ExitOutput:
+        """Logits of every exit, and its certainty if there is a head for it."""
         output = self.model(**inputs, output_hidden_states=True)
-        states = output.hidden_states[1:-1]
-        early = [exit(state[:, 0]) for exit, state in zip(self.exits, states, strict=True)]
-        return [*early, output.logits]
+        states = [state[:, 0] for state in output.hidden_states[1:-1]]
+        early = [exit(state) for exit, state in zip(self.exits, states, strict=True)]
+        head = self.certainty
+        certainties = [head(state)[:, 0] for state in states] if head is not None else []
+        return ExitOutput([*early, output.logits], certainties)
 
     def states(self, **inputs: Tensor) -> Float[Tensor, "batch exits width"]:
         """The first token's state after every layer but the last, which a frozen backbone keeps."""
@@ -112,7 +128,7 @@ class MultiExit(nn.Module):
         with atomic(folder) as temporary:  # all of it, or nothing
             self.model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            save_file(self.exits.state_dict(), temporary / WEIGHTS)
+            save_file(self._heads(), temporary / WEIGHTS)
             write_json(temporary / EXITS, {"exits": len(self.exits) + 1, "max_length": max_length})
 
     @classmethod
@@ -133,6 +149,16 @@ class MultiExit(nn.Module):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{folder}: its exits cannot be read ({error})") from None
         model = load_model(AutoModelForSequenceClassification, folder, dtype=torch.float32)
-        network = cls(model)
-        network.exits.load_state_dict(weights)
+        network = cls(model, learn_to_exit=any(name.startswith("certainty.") for name in weights))
+        if set(weights) != set(network._heads()):
+            raise ModelError(f"{folder}: its exits are not those of a model of so many layers")
+        for name, value in network._heads().items():
+            value.copy_(weights[name])
         return network, max_length
+
+    def _heads(self) -> dict[str, Tensor]:
+        """The weights beside the classifier's, by their names in the file."""
+        heads = self.exits.state_dict()
+        if self.certainty is not None:
+            heads |= {f"certainty.{name}": v for name, v in self.certainty.state_dict().items()}
+        return heads

@@ -12,7 +12,7 @@ from octavo.errors import ConfigError
 from octavo.models import load_config, load_model, load_tokenizer
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, seed_everything
-from octavo.training import Loss, TrainOptions, check, fit
+from octavo.training import Loss, TrainOptions, check, fit, last_checkpoint
 from torch.nn.functional import cross_entropy
 
 from cascadebert.config import FitConfig
@@ -199,6 +199,12 @@ def check_single(config: FitConfig, source: str, out: Path) -> None:
     (options,) = train_options(config)
     check(options)
     check_fit(config, source, out)
+
+
+def steps_done(run: RunDir, name: str) -> int:
+    """From which step a training goes on, 0 where it has not begun."""
+    checkpoint = last_checkpoint(run.path / "checkpoints" / name)
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
 
 def train_options(config: FitConfig, models: int = 1) -> list[TrainOptions]:

@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
+
+from cascadebert.config import Objective
 
 Pairing = Literal["all", "sampled"]
 
@@ -97,8 +99,41 @@ def distill_loss(
 
 
 def exit_losses(
-    logits: Sequence[Float[Tensor, "batch classes"]], labels: Tensor
+    logits: Sequence[Float[Tensor, "batch classes"]],
+    labels: Tensor,
+    certainties: Sequence[Float[Tensor, " batch"]] = (),
+) -> Float[Tensor, " exits"]:
+    """Each exit's cross-entropy, and how far its certainty is from what came true.
+
+    The second is the squared error of BERxiT's learning to exit (Xin et al. 2021); its target is 1 where
+    the exit is right and 0 where it is wrong.
+
+    Args:
+        logits: of every exit.
+        labels: the right classes, [batch].
+        certainties: log-odds that an exit is right, of every exit but the last; none by default.
+    """
+    losses = [cross_entropy(exit, labels) for exit in logits]
+    for number, (exit, certainty) in enumerate(zip(logits, certainties, strict=False)):
+        right = (exit.argmax(dim=-1) == labels).to(certainty.dtype)
+        losses[number] = losses[number] + mse_loss(certainty.sigmoid(), right)
+    return torch.stack(losses)
+
+
+def joint_loss(
+    losses: Float[Tensor, " exits"], objective: Objective, step: int
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of every exit, weighted by its layer's number (PABEE, Zhou et al. 2020)."""
-    total = sum(number * cross_entropy(exit, labels) for number, exit in enumerate(logits, 1))
-    return torch.as_tensor(total) / (len(logits) * (len(logits) + 1) / 2)
+    """What is minimised where backbone and exits are trained together.
+
+    Args:
+        losses: of every exit.
+        objective: weighted, the mean by layer number (PABEE, Zhou et al. 2020); or alternating, the
+            last exit's alone in odd steps and the sum of all in even ones (BERxiT, Xin et al. 2021).
+        step: number of the optimisation step, from 1.
+    """
+    if objective == "weighted":
+        numbers = torch.arange(1, len(losses) + 1, device=losses.device)
+        return (numbers * losses).sum() / numbers.sum()
+    if step % 2 == 0:
+        return losses.sum()
+    return losses[-1] + 0 * losses.sum()  # gradients of 0, not none: torchrun waits for all

@@ -152,9 +152,11 @@ def user_report(
             accuracy = 100 * float((shallow == np.asarray(labels)).mean())
             curves[name] = {"speedup": [deepest / layers], "accuracy": [accuracy]}
             continue
-        exits = rival.logits(examples)
+        exits, certainties = rival.outputs(examples)
         curves[f"{name} entropy"] = points(exit_sweep(exits, labels, "entropy"))
         curves[f"{name} confidence"] = points(exit_sweep(exits, labels, "max_probability"))
+        if certainties:
+            curves[f"{name} learned"] = points(exit_sweep(exits, labels, certainties))
         curves[f"{name} patience"] = points(patience_table(exits, labels))
         row: dict[str, Any] = {"DIS": name}
         for number, logits in enumerate(exits, 1):

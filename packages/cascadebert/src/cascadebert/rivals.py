@@ -1,7 +1,7 @@
 """Train the rivals on one backbone that a cascade of complete models is measured against.
 
-DeeBERT fine-tunes the backbone, freezes it and then trains the exits; a joint model (BERxiT, PABEE)
-trains backbone and all exits at once; BERT-kL fine-tunes its first layers.
+DeeBERT fine-tunes the backbone, freezes it and then trains the exits; a joint model (PABEE,
+BERxiT) trains backbone and all exits at once; BERT-kL fine-tunes its first layers.
 """
 
 import logging
@@ -30,9 +30,10 @@ from cascadebert.finetune import (
     refuse_other_rows,
     scratch_shape,
     source_folder,
+    steps_done,
     train_options,
 )
-from cascadebert.losses import exit_losses
+from cascadebert.losses import exit_losses, joint_loss
 from cascadebert.stage import batches, longest, make_stage
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def train_rival(
         raise ConfigError(f"--model {config.model}: early exit needs two layers or more")
     if config.kind == "layers" and not 1 <= config.layers <= depth:
         raise ConfigError(f"--layers {config.layers}: must be from 1 to the backbone's {depth}")
+    if config.kind != "joint" and (config.objective != "weighted" or config.learn_to_exit):
+        raise ConfigError("--objective and --learn-to-exit: are of --kind joint")
     refuse_other_rows(run, examples)
     if folder.is_dir():
         log.info("%s is trained already", folder)
@@ -188,11 +191,17 @@ def _train_joint(
         model.config.pad_token_id = tokenizer.pad_token_id
     length = min(config.max_length, longest(model, tokenizer))
     rows = encode_rows(examples, tokenizer, labels, length, {})
-    joint: Any = MultiExit(model)
+    joint: Any = MultiExit(model, config.learn_to_exit)
+    step = steps_done(run, "joint")
 
     def loss(network: Any, batch: dict[str, Tensor]) -> Tensor:
-        found = [logits.float() for logits in network(**inputs_of(batch))]
-        return exit_losses(found, batch["labels"])
+        nonlocal step
+        step += 1
+        logits, certainties = (
+            [each.float() for each in part] for part in network(**inputs_of(batch))
+        )
+        losses = exit_losses(logits, batch["labels"], certainties)
+        return joint_loss(losses, config.objective, step)
 
     fit(joint, rows, collator(tokenizer), run, "joint", options=options, runtime=runtime, loss=loss)
     joint.save(folder, tokenizer, config.max_length)

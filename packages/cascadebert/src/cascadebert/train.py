@@ -15,7 +15,7 @@ from octavo.errors import ConfigError
 from octavo.models import save_model
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, world_size
-from octavo.training import Loss, TrainOptions, check, discard_checkpoints, fit, last_checkpoint
+from octavo.training import Loss, TrainOptions, check, discard_checkpoints, fit
 from torch.nn.functional import cross_entropy
 
 from cascadebert.card import model_card
@@ -30,6 +30,7 @@ from cascadebert.finetune import (
     fine_tune,
     inputs_of,
     refuse_other_rows,
+    steps_done,
     train_options,
 )
 from cascadebert.losses import (
@@ -134,7 +135,7 @@ def _train_stage(
         )  # fmt: skip
     log.info("%s: fine-tuning %s on %d rows", name, source, len(examples))
     steps = math.ceil(len(examples) / (config.batch_size * world_size())) * options.epochs
-    loss = stage_loss(config if defers else plain, steps, _steps_done(run, name))
+    loss = stage_loss(config if defers else plain, steps, steps_done(run, name))
     model, tokenizer = fine_tune(
         name, source, examples, labels, options, config, run, runtime, loss=loss, extras=extras
     )
@@ -179,11 +180,6 @@ def stage_loss(config: TrainConfig, steps: float, step: int = 0) -> Loss:
         return value
 
     return loss
-
-
-def _steps_done(run: RunDir, name: str) -> int:
-    checkpoint = last_checkpoint(run.path / "checkpoints" / name)
-    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
 
 def _gatekeep(
