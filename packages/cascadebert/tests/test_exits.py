@@ -181,7 +181,7 @@ def alternating(run, wrapped=None):
     texts = [f"{'good' if i % 2 else 'bad'} {i}" for i in range(32)]
     rows = Examples(texts, labels=[str(i % 2) for i in range(32)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rivals, "joint_loss", wrapped or rivals.joint_loss)
+        patch.setattr(rivals, "joint_loss", wrapped or joint_loss)
         return rivals.train_rival(rows, ["0", "1"], ALTERNATING, run, CPU)
 
 

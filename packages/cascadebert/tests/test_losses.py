@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from cascadebert.config import Objective
 from cascadebert.losses import (
     confidence,
     dar_loss,
@@ -77,7 +78,8 @@ def test_gradients():
     assert gradcheck(lambda x: gatekeeper_loss(x, labels, 0.3), logits)
     assert gradcheck(lambda x: distill_loss(x, teacher, 2.0), logits)
     assert gradcheck(lambda x: exit_losses([x, 2 * x], labels, [x[:, 0]]), logits)
-    for objective, step in (("weighted", 1), ("alternating", 1), ("alternating", 2)):
+    steps: list[tuple[Objective, int]] = [("weighted", 1), ("alternating", 1), ("alternating", 2)]
+    for objective, step in steps:
         each = torch.tensor([0.3, 2.0, 5.0], dtype=torch.float64, requires_grad=True)
         assert gradcheck(partial(joint_loss, objective=objective, step=step), each)
 

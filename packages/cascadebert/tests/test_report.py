@@ -1,5 +1,7 @@
 """What the figures of a report show."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from cascadebert.policy import sweep
@@ -13,6 +15,11 @@ from cascadebert.report import (
 )
 
 
+def axes_of(figure) -> Any:
+    """The only axes of a figure, or its first."""
+    return figure.axes[0]
+
+
 def labels(axes):
     return axes.get_xlabel(), axes.get_ylabel()
 
@@ -23,7 +30,7 @@ def test_layers_stand_in_the_order_of_their_numbers():
         {"DIS": "exits, accuracy %", "layer 3": 50.0},
         {"DIS": "cascade", "layer 2": 7.0},
     ]
-    axes = heat_figure(rows).axes[0]
+    axes = axes_of(heat_figure(rows))
     shown = [text.get_text() for text in axes.get_xticklabels()]
     assert shown == ["layer 1", "layer 2", "layer 10", "layer 12"]
     values = np.ma.filled(axes.images[0].get_array(), np.nan)
@@ -31,12 +38,12 @@ def test_layers_stand_in_the_order_of_their_numbers():
 
 
 def test_measured_over_nominal_speed_up_of_rows_that_have_both():
-    axes = clock_figure([
+    axes = axes_of(clock_figure([
         {"method": "cascade", "speed-up (nominal)": 2.0, "speed-up (clock)": 1.5},
         {"method": "small alone", "speed-up (nominal)": 9.0},
         {"method": "cascade", "speed-up (nominal)": 4.0, "speed-up (clock)": 3.0},
         {"method": "PABEE", "target": 4.0, "note": "cannot be reached"},
-    ]).axes[0]  # fmt: skip
+    ]))  # fmt: skip
     line, diagonal = axes.lines
     assert line.get_xydata().tolist() == [[2.0, 1.5], [4.0, 3.0]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["cascade"]
@@ -46,14 +53,14 @@ def test_measured_over_nominal_speed_up_of_rows_that_have_both():
 
 def test_accuracy_over_confidence():
     rows = [{"mean confidence %": 60.0, "accuracy %": 0.0}]
-    axes = reliability_figure({"stage 1": rows}).axes[0]
+    axes = axes_of(reliability_figure({"stage 1": rows}))
     assert axes.lines[0].get_xydata().tolist() == [[60.0, 0.0]]
     assert labels(axes) == ("mean confidence %", "accuracy %")
 
 
 def test_what_a_speed_up_counts_stands_on_its_axis():
     curves = {"cascade": {"speedup": [1.0, 2.0], "accuracy": [90.0, 80.0]}}
-    assert labels(curve_figure(curves, NOMINAL).axes[0])[0] == (
+    assert labels(axes_of(curve_figure(curves, NOMINAL)))[0] == (
         "speed-up over the large model (FLOPs for cascades, layers for exits)"
     )
 
