@@ -1,0 +1,35 @@
+from .accounting import count_parameters as count_parameters
+from .accounting import training_flops as training_flops
+from .analyze import Trace as Trace
+from .analyze import coactivation as coactivation
+from .analyze import disable_top as disable_top
+from .analyze import saturation as saturation
+from .analyze import specialization as specialization
+from .analyze import swap_shared as swap_shared
+from .analyze import sweep_active as sweep_active
+from .analyze import trace_routing as trace_routing
+from .architecture import DeepseekMoeConfig as DeepseekMoeConfig
+from .balance import communication_loss as communication_loss
+from .balance import device_balance_loss as device_balance_loss
+from .balance import expert_balance_loss as expert_balance_loss
+from .balance import max_violation as max_violation
+from .balance import router_z_loss as router_z_loss
+from .balance import update_bias as update_bias
+from .config import CorpusConfig as CorpusConfig
+from .config import EvaluateConfig as EvaluateConfig
+from .config import ModelConfig as ModelConfig
+from .config import PretrainConfig as PretrainConfig
+from .evaluate import evaluate_lm as evaluate_lm
+from .experts import moe_forward as moe_forward
+from .hub import load as load
+from .hub import register as register
+from .layer import DeepseekMoeLayer as DeepseekMoeLayer
+from .layer import intervene as intervene
+from .layer import record_routing as record_routing
+from .modeling import DeepseekMoeForCausalLM as DeepseekMoeForCausalLM
+from .modeling import DeepseekMoeModel as DeepseekMoeModel
+from .pretrain import pretrain as pretrain
+from .routing import Routing as Routing
+from .routing import route as route
+
+__version__: str

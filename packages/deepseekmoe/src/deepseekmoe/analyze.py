@@ -1,0 +1,339 @@
+"""The paper's analyses of a trained model: which experts it needs, and which serve which domain.
+
+Each takes any model of this package and held-out tokens, and gives rows of a table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from octavo import console
+from octavo.errors import ConfigError, DataError
+from octavo.rundir import atomic
+
+from deepseekmoe.corpus import Tokens, Windows
+from deepseekmoe.evaluate import evaluate_lm
+from deepseekmoe.layer import intervene, moe_layers, record_routing
+from deepseekmoe.routing import count_experts
+
+Row = dict[str, Any]
+
+#: Shares of the routed experts that Figure 4 disables.
+RATES = (0, 1 / 16, 2 / 16, 3 / 16, 4 / 16)
+
+
+def disable_top(
+    model: Any, tokens: Tokens, length: int, rates: Sequence[float] = RATES, batch_size: int = 16
+) -> list[Row]:
+    """Loss when each token's most probable experts are masked before it chooses (Figure 4).
+
+    Args:
+        model: trained.
+        tokens: held out.
+        length: tokens of a window.
+        rates: shares of the routed experts to mask, rounded to whole experts.
+        batch_size: windows at a time.
+
+    Raises:
+        ConfigError: so few experts remain that K' cannot be chosen.
+    """
+    experts = _routed(model)
+    rows: list[Row] = []
+    for rate in rates:
+        masked = round(rate * experts)
+        with intervene(model, disable_top=masked):
+            loss = evaluate_lm(model, tokens, length, batch_size)["loss"]
+        rows.append({"disabled": f"{masked}/{experts}", "rate": rate, "loss": loss})
+        rows[-1]["rise"] = loss - rows[0]["loss"]
+    return rows
+
+
+def swap_shared(model: Any, tokens: Tokens, length: int, batch_size: int = 16) -> list[Row]:
+    """Loss when the shared experts fall silent and as many more routed ones answer (section 4.5).
+
+    Raises:
+        ConfigError: the model has no shared experts.
+    """
+    config = model.config
+    if not config.n_shared_experts:
+        raise ConfigError("the model has no shared experts to swap")
+    active = config.num_experts_per_tok + config.n_shared_experts
+    _routed(model)
+    plain = evaluate_lm(model, tokens, length, batch_size)["loss"]
+    with intervene(model, shared=False, active=active):
+        swapped = evaluate_lm(model, tokens, length, batch_size)["loss"]
+    shared = f"{config.n_shared_experts} shared + {config.num_experts_per_tok} routed"
+    return [
+        {"active": shared, "loss": plain, "rise": 0.0},
+        {"active": f"0 shared + {active} routed", "loss": swapped, "rise": swapped - plain},
+    ]
+
+
+def sweep_active(
+    model: Any, tokens: Tokens, length: int, active: Sequence[int] = (), batch_size: int = 16
+) -> list[Row]:
+    """Loss with fewer (or more) routed experts a token than were trained (Figure 5).
+
+    Args:
+        model: trained.
+        tokens: held out.
+        length: tokens of a window.
+        active: values of K'; by default 1 to the trained number.
+        batch_size: windows at a time.
+    """
+    trained = int(model.config.num_experts_per_tok)
+    _routed(model)
+    rows = []
+    for count in active or range(1, trained + 1):
+        with intervene(model, active=count):
+            loss = evaluate_lm(model, tokens, length, batch_size)["loss"]
+        rows.append({"active": count, "trained": count == trained, "loss": loss})
+    return rows
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a model's gates decided on tokens of several domains.
+
+    Attributes:
+        domains: names.
+        counts: slots that chose each expert, [domains, layers, experts].
+        gates: sums of the gates, alike.
+        pairs: tokens that chose both of two experts, [layers, experts, experts].
+        words: slots of each token of the vocabulary, [layers, vocabulary, experts] uint32, or None.
+    """
+
+    domains: list[str]
+    counts: np.ndarray
+    gates: np.ndarray
+    pairs: np.ndarray
+    words: np.ndarray | None = None
+
+    def save(self, file: Path) -> None:
+        """Write it as npz, whole or not at all."""
+        arrays: dict[str, Any] = {
+            "domains": np.array(self.domains), "counts": self.counts, "gates": self.gates,
+            "pairs": self.pairs,
+        }  # fmt: skip
+        if self.words is not None:
+            arrays["words"] = self.words
+        with atomic(file) as temporary, temporary.open("wb") as opened:
+            np.savez_compressed(opened, **arrays)
+
+    @classmethod
+    def load(cls, file: Path) -> "Trace":
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the file is none.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as found:
+                words = found.get("words", None)
+                return cls(
+                    [str(name) for name in found["domains"]],
+                    found["counts"], found["gates"], found["pairs"], words,
+                )  # fmt: skip
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{file}: is no routing trace ({error})") from None
+
+
+@torch.no_grad()
+def trace_routing(
+    model: Any, tokens: Tokens, length: int, batch_size: int = 16, words: bool = False
+) -> Trace:
+    """Record where the tokens of each domain go.
+
+    Args:
+        model: trained.
+        tokens: of one domain or several; each must fill a window.
+        length: tokens of a window.
+        batch_size: windows at a time.
+        words: count by token of the vocabulary too.
+    """
+    experts, layers = _routed(model), len(moe_layers(model))
+    names, counts, gates = [], [], []
+    pairs = np.zeros((layers, experts, experts), dtype=np.int64)
+    vocabulary = (
+        np.zeros((layers, model.config.vocab_size, experts), dtype=np.uint32) if words else None
+    )
+    device = next(model.parameters()).device
+    for domain in dict.fromkeys(tokens.domains):
+        part = tokens.of_domain(domain)
+        if len(part) < length:
+            continue
+        windows = Windows(part, length)
+        here = np.zeros((layers, experts), dtype=np.int64)
+        weight = np.zeros((layers, experts))
+        with console.counter(f"tracing {domain}", len(windows), "windows") as advance:
+            for begin in range(0, len(windows), batch_size):
+                rows = windows.rows(range(begin, min(len(windows), begin + batch_size)))
+                rows.pop("labels")
+                with record_routing(model) as found:
+                    model(**{name: value.to(device) for name, value in rows.items()})
+                for layer, (routing,) in enumerate(found):
+                    ids, kept = routing.ids.cpu(), routing.weights.cpu()
+                    here[layer] += count_experts(ids, experts).numpy()
+                    chosen = torch.zeros(len(ids), experts).scatter(1, ids, 1.0)
+                    weight[layer] += (
+                        torch.zeros(len(ids), experts).scatter(1, ids, kept).sum(0).numpy()
+                    )
+                    pairs[layer] += (chosen.T @ chosen).long().numpy()
+                    if vocabulary is not None:
+                        flat = rows["input_ids"].flatten().numpy()
+                        np.add.at(vocabulary[layer], (flat[:, None], ids.numpy()), 1)
+                advance(len(rows["input_ids"]))
+        names.append(domain)
+        counts.append(here)
+        gates.append(weight)
+    if not names:
+        raise DataError(f"no domain fills a window of {length} tokens")
+    return Trace(names, np.stack(counts), np.stack(gates), pairs, vocabulary)
+
+
+def specialization(trace: Trace) -> list[Row]:
+    """How unlike the domains' expert loads are: mean pairwise Jensen-Shannon divergence, in bits.
+
+    A row a layer, with the share of the domain's slots that its four favourite experts take.
+
+    Raises:
+        ConfigError: there are fewer than two domains.
+    """
+    if len(trace.domains) < 2:
+        raise ConfigError("specialisation compares domains: give texts of two or more")
+    shares = trace.counts / trace.counts.sum(axis=-1, keepdims=True)
+    rows = []
+    for layer in range(shares.shape[1]):
+        here = shares[:, layer]
+        pairs = [
+            jensen_shannon(here[i], here[j])
+            for i in range(len(here))
+            for j in range(i)
+        ]  # fmt: skip
+        row: Row = {"layer": layer, "JS divergence (bits)": float(np.mean(pairs))}
+        for name, share in zip(trace.domains, here, strict=True):
+            row[f"{name}, best 4 %"] = 100 * float(np.sort(share)[-4:].sum())
+        rows.append(row)
+    return rows
+
+
+def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
+    """Jensen-Shannon divergence of two distributions, in bits, from 0 to 1."""
+    mean = (first + second) / 2
+
+    def entropy(share: np.ndarray) -> float:
+        share = share[share > 0]
+        return float(-(share * np.log2(share)).sum())
+
+    return entropy(mean) - (entropy(first) + entropy(second)) / 2
+
+
+def coactivation(trace: Trace, most: int = 8) -> list[Row]:
+    """Pairs of experts that a token chooses together more often than their loads alone would give.
+
+    Args:
+        trace: of a model.
+        most: pairs to name a layer.
+
+    Returns:
+        Rows of layer, experts, tokens and lift (observed over expected under independence).
+    """
+    rows = []
+    for layer, pairs in enumerate(trace.pairs):
+        load = np.diag(pairs).astype(float)
+        slots = trace.counts[:, layer].sum()
+        tokens = slots / _slots_a_token(trace, layer)
+        expected = np.outer(load, load) / max(1.0, tokens)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lift = np.where(expected > 0, pairs / expected, 0.0)
+        upper = np.triu(lift, k=1)
+        for place in np.argsort(upper, axis=None)[::-1][:most]:
+            first, second = np.unravel_index(place, upper.shape)
+            rows.append(
+                {
+                    "layer": layer,
+                    "experts": f"{first} + {second}",
+                    "tokens": int(pairs[first, second]),
+                    "lift": float(lift[first, second]),
+                }
+            )
+    return rows
+
+
+def vocabulary_specialization(trace: Trace, decode: Any, most: int = 5) -> list[Row]:
+    """For every expert the tokens of which it takes the largest share (of those seen 20 times or more).
+
+    Args:
+        trace: recorded with `words`.
+        decode: a token's text by its id.
+        most: tokens to name an expert.
+
+    Raises:
+        ConfigError: the trace does not count words.
+    """
+    if trace.words is None:
+        raise ConfigError("this trace counts no words: record it with --words")
+    rows = []
+    for layer, words in enumerate(trace.words):
+        seen = words.sum(axis=1, dtype=np.int64)
+        times = seen / _slots_a_token(trace, layer)
+        enough = np.flatnonzero(times >= 20)
+        share = words[enough] / np.maximum(times[enough, None], 1)
+        for expert in range(words.shape[1]):
+            best = np.argsort(share[:, expert])[::-1][:most] if len(enough) else []
+            named = [f"{decode(int(enough[i]))!r} {100 * share[i, expert]:.0f} %" for i in best]
+            rows.append({"layer": layer, "expert": expert, "tokens": ", ".join(named)})
+    return rows
+
+
+@torch.no_grad()
+def saturation(
+    earlier: Any, later: Any, tokens: Tokens, length: int, batch_size: int = 16
+) -> list[Row]:
+    """Which share of a token's experts a checkpoint chose already as a later one does (OLMoE).
+
+    Args:
+        earlier: a checkpoint.
+        later: another one of the same training.
+        tokens: of any text.
+        length: tokens of a window.
+        batch_size: windows at a time.
+
+    Raises:
+        ConfigError: the models have other numbers of layers or experts.
+    """
+    if _routed(earlier) != _routed(later) or len(moe_layers(earlier)) != len(moe_layers(later)):
+        raise ConfigError("the two models have other layers or experts: compare one training's")
+    windows = Windows(tokens, length)
+    same = np.zeros(len(moe_layers(later)))
+    total = 0
+    for begin in range(0, len(windows), batch_size):
+        rows = windows.rows(range(begin, min(len(windows), begin + batch_size)))
+        rows.pop("labels")
+        with record_routing(earlier) as first, record_routing(later) as second:
+            earlier(**rows)
+            later(**rows)
+        for layer, ((one,), (two,)) in enumerate(zip(first, second, strict=True)):
+            both = (one.ids[:, :, None] == two.ids[:, None, :]).any(dim=-1)
+            same[layer] += float(both.double().mean(dim=-1).sum())
+        total += rows["input_ids"].numel()
+    return [
+        {"layer": layer, "saturation %": 100 * value / max(1, total)}
+        for layer, value in enumerate(same)
+    ]
+
+
+def _slots_a_token(trace: Trace, layer: int) -> int:
+    """K' as it was traced: every token chooses K' x K' ordered pairs and K' experts."""
+    pairs = trace.pairs[layer]
+    return max(1, round(float(pairs.sum() / max(1, np.diag(pairs).sum()))))
+
+
+def _routed(model: Any) -> int:
+    experts = int(getattr(model.config, "n_routed_experts", 0) or 0)
+    if not experts or not moe_layers(model):
+        raise ConfigError("the model has no routed experts to look at")
+    return experts

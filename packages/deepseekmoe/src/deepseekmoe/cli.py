@@ -1,0 +1,405 @@
+"""The stations of the method as commands; each does what its name says on the user's own data."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from octavo.cli import Flat, Seeds, make_app, run
+from octavo.console import Outcome
+from octavo.runtime import Runtime
+
+from deepseekmoe.config import CorpusConfig, EvaluateConfig, ModelConfig, PretrainConfig
+
+app = make_app(
+    "deepseekmoe",
+    "Language models with fine-grained and shared experts: train, analyse, load and run them.",
+)
+main = partial(run, app)
+
+Models = Literal["2b", "16b", "145b", "tiny"]
+
+
+@app.command
+def train(
+    corpus: Flat[CorpusConfig],
+    config: Flat[PretrainConfig],
+    model: Flat[ModelConfig] = ModelConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Pre-train a language model on texts, from scratch."""
+    from octavo.rundir import RunDir, options_of
+
+    from deepseekmoe.accounting import count_parameters
+    from deepseekmoe.evaluate import evaluate_domains
+    from deepseekmoe.pretrain import pretrain
+
+    runtime.start()
+    options = options_of(corpus, model, config, runtime)
+    with RunDir.open(config.out, options, config.overwrite) as opened:
+        trained = pretrain(model, corpus, config, opened, runtime)
+        rows: Any = []
+        if trained.dev is not None:
+            rows = evaluate_domains(trained.model, trained.dev, config.length, config.batch_size)
+            opened.write_json("evaluation.json", rows)
+    count = count_parameters(trained.model.config)
+    folder = config.out / "model"
+    return Outcome(
+        {"Held-out text": rows},
+        note=f"{count.total:,} parameters, {count.active:,} of them active a token\n"
+        f"Next: deepseekmoe analyze specialization --model {folder} --data {corpus.data}",
+    )
+
+
+@app.command
+def evaluate(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Loss, perplexity and bits a byte of a model on texts, by domain.
+
+    Args:
+        model: Folder or hub id, in the layout of deepseek-moe-16b-base.
+    """
+    from deepseekmoe.evaluate import evaluate_domains
+
+    runtime.start()
+    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
+    rows: Any = evaluate_domains(loaded, tokens, length, config.batch_size)
+    return Outcome({f"Windows of {length} tokens": rows})
+
+
+analyze = make_app("analyze", "The paper's analyses of a trained model on held-out texts.")
+analyze.version_flags = ()
+app.command(analyze)
+
+
+@analyze.command(name="disable-top")
+def disable_top(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Loss when each token's most probable experts are masked (figure 4).
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import disable_top as analyse
+
+    return _analysed(analyse, "Without the best experts", model, corpus, config, runtime)
+
+
+@analyze.command(name="swap-shared")
+def swap_shared(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Loss when routed experts stand in for the shared ones (section 4.5).
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import swap_shared as analyse
+
+    return _analysed(analyse, "The shared experts swapped", model, corpus, config, runtime)
+
+
+@analyze.command
+def active(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Loss with fewer routed experts a token than were trained (figure 5).
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import sweep_active
+
+    return _analysed(sweep_active, "Fewer routed experts a token", model, corpus, config, runtime)
+
+
+@analyze.command(name="specialization")
+def specialise(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """How unlike the domains' expert loads are: a .txt file of the folder is a domain.
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import specialization, trace_routing
+
+    runtime.start()
+    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
+    rows = specialization(trace_routing(loaded, tokens, length, config.batch_size))
+    return Outcome({"Divergence between domains": rows})
+
+
+@analyze.command
+def coactivation(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Which experts a token chooses together more often than by chance.
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import coactivation as pairs_of
+    from deepseekmoe.analyze import trace_routing
+
+    runtime.start()
+    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
+    rows = pairs_of(trace_routing(loaded, tokens, length, config.batch_size))
+    return Outcome({"Experts chosen together": rows})
+
+
+@analyze.command
+def vocabulary(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Which tokens each expert takes the largest share of.
+
+    Args:
+        model: Folder or hub id.
+    """
+    from octavo.models import load_tokenizer
+
+    from deepseekmoe.analyze import trace_routing, vocabulary_specialization
+
+    runtime.start()
+    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
+    trace = trace_routing(loaded, tokens, length, config.batch_size, words=True)
+    tokenizer = load_tokenizer(model)
+    rows = vocabulary_specialization(trace, lambda number: tokenizer.decode([number]))
+    return Outcome({"Tokens of each expert": rows})
+
+
+@analyze.command
+def saturation(
+    model: str,
+    earlier: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Which share of its final experts a token had chosen at an earlier checkpoint already.
+
+    Args:
+        model: Folder or hub id of the later model.
+        earlier: Folder or hub id of an earlier checkpoint of the same training.
+    """
+    from deepseekmoe.analyze import saturation as compared
+    from deepseekmoe.hub import load
+
+    runtime.start()
+    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
+    before, _ = load(earlier, tokenizer=False)
+    before.to(runtime.torch_device())  # pyright: ignore[reportArgumentType]
+    return Outcome(
+        {"Router saturation": compared(before, loaded, tokens, length, config.batch_size)}
+    )
+
+
+@app.command
+def ablate(
+    suite: Literal["baselines", "granularity", "shared-ratio", "balance", "half-active"],
+    corpus: Flat[CorpusConfig],
+    config: Flat[PretrainConfig],
+    model: Flat[ModelConfig] = ModelConfig(),
+    *,
+    seeds: Seeds = (0,),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Train models that differ in one thing at equal budgets, and compare them on held-out text.
+
+    Args:
+        suite: What differs: baselines (tables 1 and 2), granularity (figure 3), shared-ratio (section
+            4.4), balance, or half-active (figure 6).
+        seeds: Seeds to repeat it with; the table shows means, like 0,1,2.
+    """
+    from octavo.errors import ConfigError
+    from octavo.rundir import RunDir, options_of
+
+    from deepseekmoe.ablate import SUITES, mean_rows, train_cells
+    from deepseekmoe.pretrain import open_corpus
+
+    runtime.start()
+    if not corpus.dev_share:
+        raise ConfigError("--dev-share 0: models are compared on held-out text; hold some out")
+    options = options_of(corpus, model, config, runtime, {"suite": suite, "seeds": list(seeds)})
+    with RunDir.open(config.out, options, config.overwrite) as opened:
+        tokenizer, training, dev = open_corpus(corpus, config, opened)
+        assert dev is not None
+        tables = []
+        for seed in seeds:
+            place, here = RunDir(config.out / f"seed-{seed}"), replace(runtime, seed=seed)
+            cells = train_cells(SUITES[suite], model, tokenizer, training, dev, config, place, here)
+            tables.append([cell.row for cell in cells])
+        rows = mean_rows(tables)
+        opened.write_json("table.json", rows)
+    return Outcome({f"{suite}, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}": rows})
+
+
+@app.command
+def params(
+    model: str | None = None, *, preset: tuple[Models, ...] = ("2b", "16b", "145b"),
+    length: int | None = None,
+) -> Outcome:  # fmt: skip
+    """Total and active parameters, FLOPs and memory, from the configuration alone.
+
+    Args:
+        model: Folder or hub id of a model; by default presets.
+        preset: Presets to count.
+        length: Tokens of a sequence; by default what the model was made for.
+    """
+    from deepseekmoe.accounting import cost_row
+    from deepseekmoe.architecture import DeepseekMoeConfig
+    from deepseekmoe.hub import load_moe_config
+
+    configs = (
+        {model: load_moe_config(model)}
+        if model
+        else {name: DeepseekMoeConfig.preset(name) for name in preset}
+    )
+    rows = [{"model": name} | cost_row(config, length) for name, config in configs.items()]
+    return Outcome({"What it is made of and costs": rows})
+
+
+@app.command
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    chat: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Continue a text, or answer in the released chat model's format.
+
+    Args:
+        model: Folder or hub id.
+        prompt: The text to continue.
+        max_new_tokens: Tokens to add at the most.
+        temperature: Of sampling; 0 takes the most probable token.
+        chat: Frame the prompt as a user's turn.
+    """
+    from octavo.errors import ConfigError
+
+    from deepseekmoe.hub import continue_text, load
+
+    if max_new_tokens < 1 or temperature < 0:
+        raise ConfigError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
+    runtime.start()
+    loaded, tokenizer = load(model, dtype=runtime.torch_dtype())
+    loaded.to(runtime.torch_device())  # pyright: ignore[reportArgumentType]
+    text = continue_text(loaded, tokenizer, prompt, max_new_tokens, temperature, chat)
+    return Outcome({"Text": [{"prompt": prompt, "continuation": text}]})
+
+
+@app.command
+def check(model: str) -> Outcome:
+    """Compare a checkpoint's tensors with its configuration, by name and shape, without loading it.
+
+    Args:
+        model: Folder in the layout of deepseek-moe-16b-base.
+    """
+    from octavo.errors import ModelError
+
+    from deepseekmoe.accounting import cost_row, tensors
+    from deepseekmoe.hub import check_folder
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"{model}: no such folder")
+    config = check_folder(folder)
+    row = {"tensors": len(tensors(config))} | cost_row(config)
+    return Outcome({f"{model} is whole": [row]})
+
+
+@app.command
+def doctor(runtime: Flat[Runtime] = Runtime()) -> Outcome:
+    """Which ways to compute experts work on this machine, and why others do not."""
+    from deepseekmoe.experts import backend_table
+
+    runtime.start()
+    rows: Any = backend_table(runtime.torch_device(), runtime.torch_dtype())
+    return Outcome({f"Backends on {runtime.torch_device()}, {runtime.torch_dtype()}": rows})
+
+
+@app.command
+def demo(
+    *,
+    profile: Literal["quick", "full"] = "quick",
+    seeds: Seeds = (3,),
+    data: Path | None = None,
+    out: Path = Path("runs/deepseekmoe-demo"),
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Train DeepSeekMoE and its rivals in small, offline, and judge the paper's claims.
+
+    The models are so small that one CPU thread is used unless --threads says otherwise.
+
+    Args:
+        profile: quick (a dense model and GShard) or full (all baselines, longer).
+        seeds: Seeds to repeat it with; claims are judged on their means, like 3,4,5.
+        data: Folder of texts, one .txt file a domain; by default texts that any machine has.
+        out: Folder of the report.
+        overwrite: Start anew where a demo already lies.
+    """
+    from deepseekmoe.demo import run_demo
+
+    runtime = replace(runtime, threads=runtime.threads or 1)
+    runtime.start()
+    return run_demo(profile, seeds, out, overwrite, runtime, data)
+
+
+def _model_and_tokens(
+    model: str, corpus: CorpusConfig, config: EvaluateConfig, runtime: Runtime
+) -> tuple[Any, Any, int]:
+    """A model on its device, the held-out part of texts in its tokens, and a window's length."""
+    import tempfile
+
+    from octavo.errors import ConfigError
+
+    from deepseekmoe.corpus import documents, tokenize
+    from deepseekmoe.hub import load
+
+    if config.batch_size < 1:
+        raise ConfigError(f"--batch-size {config.batch_size}: must be 1 or more")
+    loaded, tokenizer = load(model)
+    loaded.to(runtime.torch_device(), runtime.torch_dtype())  # pyright: ignore
+    length = config.length or min(512, loaded.config.max_position_embeddings)
+    part = "dev" if corpus.dev_share else "train"
+    with tempfile.TemporaryDirectory() as place:
+        tokens = tokenize(documents(corpus, part), tokenizer, Path(place) / "tokens")  # pyright: ignore
+        return loaded, replace(tokens, values=tokens.values[:].copy()), length
+
+
+def _analysed(
+    analyse: Any, title: str, model: str, corpus: CorpusConfig, config: EvaluateConfig,
+    runtime: Runtime,
+) -> Outcome:  # fmt: skip
+    """Run an analysis that takes a model, tokens and a window's length."""
+    runtime.start()
+    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
+    return Outcome({title: analyse(loaded, tokens, length, batch_size=config.batch_size)})

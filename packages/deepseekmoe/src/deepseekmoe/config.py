@@ -1,0 +1,143 @@
+"""The options of each station; defaults are what works best."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Schedule = Literal["step", "cosine", "constant"]
+Balance = Literal["loss", "bias", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Which texts, and how they are cut."""
+
+    data: str
+    """Texts: a folder of .txt files (one domain each), a file (txt, jsonl, csv, parquet) or a hub id."""
+
+    text_column: str = "text"
+    """Column of the text, in files with columns."""
+
+    split: str | None = None
+    """Split of a hub id, or of a folder of splits."""
+
+    dev_share: float = 0.1
+    """Share of each domain that is held out: the end of a .txt file, or every so-manieth row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained; begin from a preset, then change numbers."""
+
+    preset: str = "tiny"
+    """tiny, 2b, 16b or 145b: the paper's shapes."""
+
+    baseline: str = "deepseekmoe"
+    """Feed-forward layers at the paper's budgets: deepseekmoe, dense, dense-x4, dense-x16, hash,
+    switch, gshard, gshard-x1.2 or gshard-x1.5."""
+
+    layers: int | None = None
+    """Number of layers, where it differs from the preset's."""
+
+    width: int | None = None
+    """Hidden size, where it differs; the FFN becomes 2 times as wide in tiny, 8/3 times else."""
+
+    shared_experts: int | None = None
+    """Shared experts, where it differs."""
+
+    routed_experts: int | None = None
+    """Routed experts, where it differs."""
+
+    active_experts: int | None = None
+    """Routed experts a token (K'), where it differs."""
+
+    granularity: int | None = None
+    """Pieces that each of 16 standard experts is cut into (m): 16m experts in all, 2m active, the
+    shared ones among them."""
+
+    balance: Balance = "loss"
+    """How load is kept even: the paper's loss, a selection bias (auxiliary-loss-free), or not at all."""
+
+    aux_alpha: float | None = None
+    """Factor of the expert-level balance loss, where it differs from the preset's."""
+
+    device_alpha: float | None = None
+    """Factor of the device-level balance loss, where it differs."""
+
+    devices: int | None = None
+    """Groups of experts that the device-level loss balances."""
+
+    bias_rate: float = 1e-3
+    """Step of the selection bias, with --balance bias."""
+
+    backend: Literal["auto", "reference", "grouped", "sorted", "batched"] = "auto"
+    """How experts are computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeConfig:
+    """How weights are optimised: AdamW, betas 0.9 and 0.95, as the paper."""
+
+    steps: int = 600
+    """Updates."""
+
+    batch_size: int = 16
+    """Sequences a step and process."""
+
+    accumulate: int = 1
+    """Batches whose gradients are added up before an update."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+
+    schedule: Schedule = "step"
+    """step (times 0.316 at 80 % and 90 %, the paper's), cosine or constant, behind the warm-up."""
+
+    warmup_steps: int = 50
+    """Updates in which the learning rate rises."""
+
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; norms have none."""
+
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    save_every: int = 200
+    """Updates between two checkpoints to resume from; 0 for none."""
+
+    log_every: int = 20
+    """Updates between two lines of metrics.jsonl."""
+
+    checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping their states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(OptimizeConfig):
+    """Where a pre-training goes, and what it reads."""
+
+    out: Path
+    """Folder of the run; the model is saved in its folder `model`."""
+
+    tokenizer: str | None = None
+    """Folder or hub id of a tokenizer; by default a byte-level BPE is trained on the texts."""
+
+    vocabulary: int = 1024
+    """Tokens of a BPE that is trained."""
+
+    length: int = 128
+    """Tokens of a sequence."""
+
+    overwrite: bool = False
+    """Start anew where a run already lies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How held-out text is cut."""
+
+    length: int | None = None
+    """Tokens of a window; by default what the model was made for, 512 at the most."""
+
+    batch_size: int = 16
+    """Windows at a time."""

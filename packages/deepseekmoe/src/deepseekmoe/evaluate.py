@@ -1,0 +1,59 @@
+"""How well a model predicts held-out text: nats a token, perplexity, bits a byte."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from octavo import console
+
+from deepseekmoe.corpus import Tokens, Windows
+
+
+@torch.no_grad()
+def evaluate_lm(model: Any, tokens: Tokens, length: int, batch_size: int = 16) -> dict[str, float]:
+    """Mean loss over all windows of held-out tokens.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        tokens: of held-out documents.
+        length: tokens of a window.
+        batch_size: windows at a time.
+
+    Returns:
+        loss (nats a predicted token), ppl, bpb (bits a byte of text: the loss of all tokens over the
+        bytes they stand for) and tokens (predicted ones).
+    """
+    windows = Windows(tokens, length)
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    with console.counter("evaluating", len(windows), "windows") as advance:
+        for begin in range(0, len(windows), batch_size):
+            numbers = range(begin, min(len(windows), begin + batch_size))
+            batch = {name: value.to(device) for name, value in windows.rows(numbers).items()}
+            many = int((batch["labels"][:, 1:] != -100).sum())
+            loss = model(**batch).loss
+            total, count = total + float(loss) * many, count + many
+            advance(len(numbers))
+    loss = total / max(1, count)
+    bytes_a_token = float(tokens.text_bytes.sum()) / max(1, len(tokens))
+    return {
+        "loss": loss,
+        "ppl": math.exp(min(loss, 700)),
+        "bpb": loss / math.log(2) / bytes_a_token,
+        "tokens": float(count),
+    }
+
+
+def evaluate_domains(
+    model: Any, tokens: Tokens, length: int, batch_size: int = 16
+) -> list[Mapping[str, Any]]:
+    """A row for each domain that fills a window, and one of them all."""
+    rows = []
+    for domain in dict.fromkeys(tokens.domains):
+        part = tokens.of_domain(domain)
+        if len(part) >= length:
+            rows.append({"domain": domain} | evaluate_lm(model, part, length, batch_size))
+    if len(rows) > 1:
+        rows.append({"domain": "all"} | evaluate_lm(model, tokens, length, batch_size))
+    return rows

@@ -1,0 +1,254 @@
+"""Checkpoints as the hub has them: known to the Auto classes, checked tensor by tensor, saved back.
+
+A folder in the layout of deepseek-ai/deepseek-moe-16b-base stores each expert on its own; in memory
+they are stacked. The library's reversible conversion does both directions.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import ModelError
+from octavo.models import load_config, load_tokenizer
+from octavo.models import load_model as load_checked
+
+from deepseekmoe.accounting import tensors
+from deepseekmoe.architecture import DeepseekMoeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deepseekmoe.modeling import DeepseekMoeForCausalLM
+
+#: "User: ...", a blank line, "Assistant: ...", end of text: as the released chat model was trained.
+CHAT_TEMPLATE = (
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+#: Model types that are no DeepSeekMoE of this paper, and where they belong.
+FOREIGN = {
+    "deepseek_v2": "DeepSeek-V2 (latent attention): load it with transformers' own class",
+    "deepseek_v3": "DeepSeek-V3 (latent attention): load it with transformers' own class",
+    "deepseek_v32": "DeepSeek-V3.2 (latent attention): load it with transformers' own class",
+    "deepseek_v4": "DeepSeek-V4: load it with transformers' own class",
+    "llama": "a dense LLaMA: `deepseekmoe upcycle` makes experts of it",
+}
+
+
+def register() -> None:
+    """Make the Auto classes know the model type `deepseek`; calling it again changes nothing."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    from deepseekmoe.modeling import DeepseekMoeForCausalLM, DeepseekMoeModel
+
+    AutoConfig.register("deepseek", DeepseekMoeConfig, exist_ok=True)
+    AutoModel.register(DeepseekMoeConfig, DeepseekMoeModel, exist_ok=True)
+    AutoModelForCausalLM.register(DeepseekMoeConfig, DeepseekMoeForCausalLM, exist_ok=True)
+    stacked: list[Any] = [
+        WeightConverter(
+            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            target_patterns="mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="mlp.experts.*.down_proj.weight",
+            target_patterns="mlp.experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ]
+    register_checkpoint_conversion_mapping("deepseek", stacked, overwrite=True)
+
+
+def load(
+    source: str | Path, *, tokenizer: bool = True, **options: Any
+) -> "tuple[DeepseekMoeForCausalLM, PreTrainedTokenizerBase | None]":
+    """A model and its tokenizer from a folder or a hub id, in evaluation mode.
+
+    Args:
+        source: a folder in the released layout, or one that this package saved.
+        tokenizer: whether there is one to load.
+        **options: for `from_pretrained`: dtype, device_map, attn_implementation, ...
+
+    Raises:
+        ModelError: the family is another, a tensor is missing, there twice, of another shape or not
+            of this model, or the tokenizer knows more tokens than the model; it is named.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register()
+    place = Path(source).expanduser()
+    if place.is_dir():
+        check_folder(place)
+    model: Any = load_checked(AutoModelForCausalLM, source, **options)
+    if not isinstance(model.config, DeepseekMoeConfig):
+        raise ModelError(f"{source}: {_family(model.config.model_type)}")
+    words = load_tokenizer(source) if tokenizer else None
+    if words is not None:
+        check_tokenizer(words, model.config.vocab_size, source)
+    return model.eval(), words
+
+
+def load_moe_config(source: str | Path) -> DeepseekMoeConfig:
+    """A model's configuration.
+
+    Raises:
+        ModelError: it cannot be had, or is of another family.
+    """
+    register()
+    config = load_config(source)
+    if not isinstance(config, DeepseekMoeConfig):
+        raise ModelError(f"{source}: {_family(config.model_type)}")
+    return config
+
+
+def continue_text(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float = 0.0,
+    chat: bool = False,
+) -> str:  # fmt: skip
+    """What a model adds to a prompt.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompt: the text, or a user's turn.
+        max_new_tokens: at the most.
+        temperature: 0 takes the most probable token.
+        chat: frame the prompt by the tokenizer's chat template, or the released one.
+    """
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
+        given = tokenizer.apply_chat_template(
+            turns, chat_template=template, add_generation_prompt=True, return_tensors="pt",
+            return_dict=True,
+        )  # fmt: skip
+    else:
+        given = tokenizer(prompt, return_tensors="pt")
+        begin = tokenizer.bos_token_id
+        if begin is not None and not (given["input_ids"][:, :1] == begin).all():
+            given = {name: _with_first(value, begin, name) for name, value in given.items()}
+    wanted = {"input_ids", "attention_mask"}
+    inputs = {name: value.to(model.device) for name, value in given.items() if name in wanted}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {
+        "do_sample": False
+    }  # fmt: skip
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _with_first(value: Any, begin: int, name: str) -> Any:
+    import torch
+
+    first = torch.full_like(value[:, :1], begin if name == "input_ids" else 1)
+    return torch.cat([first, value], dim=1) if value.numel() else first.new_tensor(
+        [[begin if name == "input_ids" else 1]]
+    )  # fmt: skip
+
+
+def check_folder(folder: Path) -> DeepseekMoeConfig:
+    """Compare a folder's tensors with its configuration; only headers are read.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ModelError: what does not fit, by name.
+    """
+    register()
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no config.json that can be read ({error})") from None
+    kind = raw.get("model_type")
+    if kind != "deepseek":
+        raise ModelError(f"{folder}: {_family(str(kind))}")
+    if raw.get("kv_lora_rank"):
+        raise ModelError(
+            f"{folder}: config.json has kv_lora_rank (latent attention): this is a DeepSeek-V2 or V3 "
+            "under another model_type; load it with transformers' own class"
+        )
+    config = DeepseekMoeConfig.from_pretrained(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        check_tensors(_headers(files), config, folder)
+    return config
+
+
+def check_tensors(
+    headers: Iterable[tuple[str, tuple[int, ...], str]], config: DeepseekMoeConfig, where: Any
+) -> None:
+    """Refuse a checkpoint whose tensors are not those of its configuration.
+
+    Args:
+        headers: name, shape and file of each tensor.
+        config: of the model.
+        where: the folder, for messages.
+
+    Raises:
+        ModelError: the first tensor that is missing, there twice, foreign or of another shape.
+    """
+    wanted, seen = tensors(config), {}
+    for name, shape, file in headers:
+        if name in seen:
+            raise ModelError(f"{where}: tensor {name} stands in {seen[name]} and in {file}")
+        seen[name] = file
+        if name.endswith("rotary_emb.inv_freq") or (
+            name == "lm_head.weight" and config.tie_word_embeddings
+        ):
+            continue
+        if name not in wanted:
+            hint = ""
+            if ".kv_a_proj" in name or ".kv_b_proj" in name:
+                hint = " (latent attention: a DeepSeek-V2 or V3)"
+            raise ModelError(
+                f"{where}: {file} has tensor {name}, which is none of this model{hint}"
+            )
+        if shape != wanted[name]:
+            raise ModelError(
+                f"{where}: tensor {name} is {list(shape)}, config.json makes it {list(wanted[name])}"
+            )
+    missing = [name for name in wanted if name not in seen]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{where}: tensor {missing[0]} is missing{more}")
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int, where: Any) -> None:
+    """Refuse a tokenizer whose tokens the embedding does not hold.
+
+    Raises:
+        ModelError: it knows more tokens than the model.
+    """
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, model.embed_tokens.weight has "
+            f"{vocabulary} rows; resize the model's embeddings or take its own tokenizer"
+        )
+
+
+def _headers(files: list[Path]) -> Iterable[tuple[str, tuple[int, ...], str]]:
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    yield name, tuple(opened.get_slice(name).get_shape()), file.name
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: cannot be read ({error})") from None
+
+
+def _family(kind: str) -> str:
+    known = FOREIGN.get(kind, "another architecture")
+    return f"model_type {kind!r} is {known}; this package loads model_type 'deepseek'"

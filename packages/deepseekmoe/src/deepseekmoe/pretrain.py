@@ -1,0 +1,211 @@
+"""Pre-train a model on texts: tokenizer, packed windows, training, evaluation, one folder."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import ConfigError
+from octavo.models import load_tokenizer, save_model
+from octavo.rundir import RunDir, atomic
+from octavo.runtime import Runtime, is_main, seed_everything, world_size
+
+from deepseekmoe.architecture import DeepseekMoeConfig
+from deepseekmoe.config import CorpusConfig, ModelConfig, PretrainConfig
+from deepseekmoe.corpus import Tokens, Windows, documents, tokenize, train_tokenizer
+from deepseekmoe.hub import register
+from deepseekmoe.optimize import check_options, discard_checkpoints, optimize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deepseekmoe.modeling import DeepseekMoeForCausalLM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was pre-trained, and the held-out tokens it was not.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: its tokenizer.
+        dev: held-out tokens; None where nothing was held out.
+    """
+
+    model: "DeepseekMoeForCausalLM"
+    tokenizer: "PreTrainedTokenizerBase"
+    dev: Tokens | None
+
+
+def make_config(choice: ModelConfig, tokenizer: Any, length: int) -> DeepseekMoeConfig:
+    """The configuration that the options mean.
+
+    Args:
+        choice: a preset and what differs from it.
+        tokenizer: gives the vocabulary and the special tokens.
+        length: tokens of a sequence, which the model is made for at the least.
+
+    Raises:
+        ConfigError: there is no such preset or baseline, or a number does not fit.
+    """
+    changes: dict[str, Any] = {
+        "num_hidden_layers": choice.layers,
+        "n_shared_experts": choice.shared_experts,
+        "n_routed_experts": choice.routed_experts,
+        "num_experts_per_tok": choice.active_experts,
+        "aux_loss_alpha": 0.0 if choice.balance != "loss" else choice.aux_alpha,
+        "device_loss_alpha": choice.device_alpha,
+        "n_devices": choice.devices,
+        "bias_update_rate": choice.bias_rate if choice.balance == "bias" else None,
+        "experts_backend": choice.backend,
+    }
+    if choice.granularity is not None:
+        pieces, shared = choice.granularity, choice.shared_experts or 0
+        if pieces < 1 or not 0 <= shared < 2 * pieces:
+            raise ConfigError(
+                f"--granularity {pieces} with {shared} shared experts: 1 or more, and fewer shared "
+                "experts than twice as many"
+            )
+        changes |= {
+            "n_shared_experts": shared,
+            "n_routed_experts": 16 * pieces - shared,
+            "num_experts_per_tok": choice.active_experts or 2 * pieces - shared,
+        }
+    if choice.width is not None:
+        standard = 2 * choice.width if choice.preset == "tiny" else round(8 * choice.width / 3)
+        heads = max(1, choice.width // (16 if choice.preset == "tiny" else 128))
+        changes |= {
+            "hidden_size": choice.width, "intermediate_size": standard,
+            "moe_intermediate_size": standard // 4, "num_attention_heads": heads,
+        }  # fmt: skip
+    changes = {name: value for name, value in changes.items() if value is not None}
+    changes |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = DeepseekMoeConfig.preset(choice.preset, **changes)
+    if choice.granularity is not None:
+        config.moe_intermediate_size = round(config.intermediate_size / choice.granularity)
+    if choice.baseline != "deepseekmoe":
+        config = config.baseline(choice.baseline)
+    if config.max_position_embeddings < length:
+        config.max_position_embeddings = length
+    return config
+
+
+def make_model(config: DeepseekMoeConfig, runtime: Runtime) -> "DeepseekMoeForCausalLM":
+    """A model with random weights on the runtime's device."""
+    from deepseekmoe.modeling import DeepseekMoeForCausalLM
+
+    register()
+    seed_everything(runtime.seed)
+    model: Any = DeepseekMoeForCausalLM(config)
+    return model.to(runtime.torch_device())
+
+
+def pretrain(
+    choice: ModelConfig,
+    corpus: CorpusConfig,
+    config: PretrainConfig,
+    run: RunDir,
+    runtime: Runtime = Runtime(),
+) -> Trained:
+    """Train a language model from scratch and save it in the run's folder `model`.
+
+    Args:
+        choice: the model.
+        corpus: the texts.
+        config: the training.
+        run: the folder; what was done there before a kill is not done again.
+        runtime: seed, device, precision.
+
+    Raises:
+        ConfigError: an option is out of range or does not fit the others.
+        DataError: there is no such text, or too little of it.
+        ModelError: the tokenizer cannot be had, or the training diverged.
+    """
+    check_options(config)
+    tokenizer, train, dev = open_corpus(corpus, config, run)
+    model = train_model(make_config(choice, tokenizer, config.length), train, config, run, runtime)
+    model.config.use_cache = True
+    save_model(run.path / "model", model, tokenizer)
+    discard_checkpoints(run)
+    return Trained(model, tokenizer, dev)
+
+
+def open_corpus(
+    corpus: CorpusConfig, config: PretrainConfig, run: RunDir
+) -> tuple["PreTrainedTokenizerBase", Tokens, Tokens | None]:
+    """The tokenizer, loaded or trained, and the tokens of training and held-out texts.
+
+    Raises:
+        DataError: there is no such text.
+        ModelError: the tokenizer cannot be had.
+    """
+    tokenizer = _tokenizer(corpus, config, run)
+    train = _tokens("train", corpus, tokenizer, run)
+    dev = _tokens("dev", corpus, tokenizer, run) if corpus.dev_share else None
+    return tokenizer, train, dev
+
+
+def train_model(
+    shape: DeepseekMoeConfig,
+    train: Tokens,
+    config: PretrainConfig,
+    run: RunDir,
+    runtime: Runtime = Runtime(),
+) -> "DeepseekMoeForCausalLM":
+    """Train a model of this configuration on tokens.
+
+    Args:
+        shape: of the model.
+        train: the tokens.
+        config: the training.
+        run: for metrics and checkpoints.
+        runtime: seed of the weights and of the order of windows, device, precision.
+    """
+    windows = Windows(train, config.length)
+    model = make_model(shape, runtime)
+
+    def batch(step: int, micro: int, process: int) -> dict[str, Any]:
+        slot = (step * config.accumulate + micro) * world_size() + process
+        begin = slot * config.batch_size
+        return windows.rows(windows.shuffled(runtime.seed, begin, config.batch_size))
+
+    return optimize(model, batch, config, run, runtime)
+
+
+def _tokenizer(
+    corpus: CorpusConfig, config: PretrainConfig, run: RunDir
+) -> "PreTrainedTokenizerBase":
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    folder = run.path / "tokenizer"
+    if is_main() and not folder.is_dir():
+        tokenizer = train_tokenizer(documents(corpus, "train"), config.vocabulary)
+        with atomic(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
+    _wait_for(folder)
+    return load_tokenizer(folder)
+
+
+def _tokens(part: Any, corpus: CorpusConfig, tokenizer: Any, run: RunDir) -> Tokens:
+    folder = run.path / f"tokens-{part}"
+    if is_main():
+        return tokenize(documents(corpus, part), tokenizer, folder)
+    _wait_for(folder)
+    return tokenize([], tokenizer, folder)
+
+
+def _wait_for(folder: Path, seconds: float = 3600) -> None:
+    """Until rank 0 has made a folder."""
+    deadline = time.monotonic() + seconds
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{folder}: the first process did not make it; start the run again")
+        time.sleep(0.2)
