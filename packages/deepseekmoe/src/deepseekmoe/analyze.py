@@ -58,10 +58,10 @@ def swap_shared(model: Any, tokens: Tokens, length: int, batch_size: int = 16) -
         ConfigError: the model has no shared experts.
     """
     config = model.config
+    _routed(model)
     if not config.n_shared_experts:
         raise ConfigError("the model has no shared experts to swap")
     active = config.num_experts_per_tok + config.n_shared_experts
-    _routed(model)
     plain = evaluate_lm(model, tokens, length, batch_size)["loss"]
     with intervene(model, shared=False, active=active):
         swapped = evaluate_lm(model, tokens, length, batch_size)["loss"]
@@ -249,9 +249,9 @@ def coactivation(trace: Trace, most: int = 8) -> list[Row]:
         expected = np.outer(load, load) / max(1.0, tokens)
         with np.errstate(divide="ignore", invalid="ignore"):
             lift = np.where(expected > 0, pairs / expected, 0.0)
-        upper = np.triu(lift, k=1)
-        for place in np.argsort(upper, axis=None)[::-1][:most]:
-            first, second = np.unravel_index(place, upper.shape)
+        ones, twos = np.triu_indices(len(load), k=1)
+        for place in np.argsort(lift[ones, twos])[::-1][:most]:
+            first, second = int(ones[place]), int(twos[place])
             rows.append(
                 {
                     "layer": layer,

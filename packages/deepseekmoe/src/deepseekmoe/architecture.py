@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "moe_intermediate_size": 32, "n_shared_experts": 1,
         "n_routed_experts": 63, "num_experts_per_tok": 7, "first_k_dense_replace": 0,
         "max_position_embeddings": 256, "aux_loss_alpha": 0.01, "initializer_range": 0.02,
-        "bos_token_id": None, "eos_token_id": None,
+        "bos_token_id": None, "eos_token_id": None, "seq_aux": False,
     },
 }  # fmt: skip
 

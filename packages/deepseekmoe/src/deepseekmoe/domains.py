@@ -163,8 +163,8 @@ def french(number: int) -> str:
         return _FR_TENS[tens] + last
     unit, word = (100, "cent") if number < 1000 else (1000, "mille")
     many = "" if number // unit == 1 else f"{french(number // unit)} "
-    if unit == 1000:
-        many = many.replace("quatre-vingts ", "quatre-vingt ")
+    if unit == 1000:  # no plural before mille
+        many = many.replace("vingts ", "vingt ").replace("cents ", "cent ")
     rest = number % unit
     plural = "s" if unit == 100 and number // unit > 1 and not rest else ""
     return f"{many}{word}{plural}" + (f" {french(rest)}" if rest else "")

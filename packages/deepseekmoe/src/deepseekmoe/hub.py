@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo.models import load_config, load_tokenizer
 from octavo.models import load_model as load_checked
 
@@ -124,36 +124,34 @@ def continue_text(
         max_new_tokens: at the most.
         temperature: 0 takes the most probable token.
         chat: frame the prompt by the tokenizer's chat template, or the released one.
+
+    Raises:
+        ConfigError: there is nothing to continue.
     """
+    import torch
+
     if chat:
         turns = [{"role": "user", "content": prompt}]
         template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
-        given = tokenizer.apply_chat_template(
-            turns, chat_template=template, add_generation_prompt=True, return_tensors="pt",
-            return_dict=True,
-        )  # fmt: skip
-    else:
-        given = tokenizer(prompt, return_tensors="pt")
-        begin = tokenizer.bos_token_id
-        if begin is not None and not (given["input_ids"][:, :1] == begin).all():
-            given = {name: _with_first(value, begin, name) for name, value in given.items()}
-    wanted = {"input_ids", "attention_mask"}
-    inputs = {name: value.to(model.device) for name, value in given.items() if name in wanted}
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {
-        "do_sample": False
-    }  # fmt: skip
+        prompt = tokenizer.apply_chat_template(
+            turns, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    begin = tokenizer.bos_token_id
+    if begin is not None and ids[:1] != [begin]:
+        ids = [begin, *ids]
+    if not ids:
+        raise ConfigError("an empty prompt, and a tokenizer that has no token to begin with")
+    given = torch.tensor([ids], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _with_first(value: Any, begin: int, name: str) -> Any:
-    import torch
-
-    first = torch.full_like(value[:, :1], begin if name == "input_ids" else 1)
-    return torch.cat([first, value], dim=1) if value.numel() else first.new_tensor(
-        [[begin if name == "input_ids" else 1]]
+    sampling: dict[str, Any] = {"do_sample": bool(temperature)}
+    if temperature:
+        sampling["temperature"] = temperature
+    found = model.generate(
+        input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=max_new_tokens,
+        pad_token_id=pad, **sampling,
     )  # fmt: skip
+    return tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
 
 
 def check_folder(folder: Path) -> DeepseekMoeConfig:

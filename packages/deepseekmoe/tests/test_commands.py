@@ -1,0 +1,159 @@
+"""Every command on a user's own data, with good input and with bad."""
+
+import json
+
+import pytest
+from deepseekmoe.hub import load
+
+
+def rows(out):
+    return next(value for value in json.loads(out).values() if isinstance(value, list))
+
+
+def test_train_leaves_a_model_and_what_it_measured(trained):
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    assert [row["domain"] for row in evaluation] == ["sums", "words", "all"]
+    assert evaluation[-1]["loss"] < 5.0  # ln 300 is 5.7
+    model, tokenizer = load(trained / "model")
+    assert model.config.n_routed_experts == 15
+    assert tokenizer is not None
+    assert len(tokenizer) == model.config.vocab_size
+    assert not (trained / "checkpoints" / "train").exists()
+
+
+def test_evaluate(command, trained, texts):
+    code, out, _ = command("evaluate", trained / "model", "--data", texts, "--length", 32, "--json")
+    assert code == 0
+    found = rows(out)
+    wanted = json.loads((trained / "evaluation.json").read_text())
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in wanted])
+
+
+@pytest.mark.parametrize(
+    ("analysis", "columns"),
+    [
+        ("disable-top", {"disabled", "rise"}),
+        ("swap-shared", {"active", "rise"}),
+        ("active", {"active", "trained", "loss"}),
+        ("specialization", {"layer", "JS divergence (bits)"}),
+        ("coactivation", {"layer", "experts", "lift"}),
+        ("vocabulary", {"layer", "expert", "tokens"}),
+    ],
+)
+def test_analyses(command, trained, texts, analysis, columns):
+    code, out, err = command(
+        "analyze", analysis, trained / "model", "--data", texts, "--length", 32, "--json"
+    )
+    assert code == 0, err
+    assert columns <= set(rows(out)[0])
+
+
+def test_saturation_compares_two_models(command, trained, texts):
+    model = trained / "model"
+    code, out, _ = command("analyze", "saturation", model, model, "--data", texts, "--json")
+    assert code == 0
+    assert all(row["saturation %"] == pytest.approx(100) for row in rows(out))
+
+
+def test_ablate_resumes_and_compares(command, texts, tmp_path):
+    words = (
+        "ablate", "balance", "--data", texts, "--out", tmp_path / "suite", "--vocabulary", 300,
+        "--steps", 4, "--width", 16, "--layers", 1, "--length", 16, "--batch-size", 2, "--warmup-steps",
+        1, "--log-every", 2, "--routed-experts", 4, "--active-experts", 2, "--device", "cpu", "--json",
+    )  # fmt: skip
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert [row["model"] for row in rows(out)] == ["loss", "bias", "none"]
+    code, _, err = command(*words)
+    assert code == 2
+    assert "holds a finished run" in err
+
+
+def test_params_of_presets_and_of_a_model(command, trained):
+    code, out, _ = command("params", "--json")
+    assert code == 0
+    assert [row["total"] for row in rows(out)] == [1966912000, 16375728128, 144620638208]
+    code, out, _ = command("params", trained / "model", "--length", 64, "--json")
+    assert code == 0
+    model, _ = load(trained / "model", tokenizer=False)
+    assert rows(out)[0]["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_generate_continues_and_chats(command, trained):
+    model = trained / "model"
+    words = ("generate", model, "the cat", "--max-new-tokens", 5, "--device", "cpu", "--json")
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert isinstance(rows(out)[0]["continuation"], str)
+    assert command(*words)[1] == out  # the most probable token is always the same
+    assert command(*words, "--chat")[0] == 0
+    assert command(*words, "--temperature", 1.0)[0] == 0
+    assert command("generate", model, "", "--max-new-tokens", 3, "--json")[0] == 0
+
+
+def test_check_tells_a_whole_checkpoint_from_a_broken_one(command, trained, released):
+    code, out, _ = command("check", trained / "model", "--json")
+    assert code == 0
+    assert rows(out)[0]["tensors"] > 90
+    broken = released(drop=("model.layers.1.mlp.experts.3.down_proj.weight",))
+    code, _, err = command("check", broken)
+    assert code == 2
+    assert "experts.3.down_proj.weight is missing" in err
+
+
+def test_doctor_names_the_backends(command):
+    code, out, _ = command("doctor", "--device", "cpu", "--json")
+    assert code == 0
+    assert {row["backend"] for row in rows(out)} == {"reference", "grouped", "sorted", "batched"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "--data", "{texts}", "--preset", "7b"], "no preset '7b'"),
+        (["train", "--data", "{texts}", "--baseline", "mixtral"], "no baseline 'mixtral'"),
+        (["train", "--data", "{texts}", "--length", "1"], "--length 1: must be 2"),
+        (["train", "--data", "{texts}", "--length", "900000"], "do not fill one window"),
+        (["train", "--data", "{texts}", "--steps", "0"], "--steps 0"),
+        (["train", "--data", "{texts}", "--active-experts", "64"], "num_experts_per_tok 64"),
+        (["train", "--data", "{texts}", "--devices", "4"], "no multiple of n_devices 4"),
+        (["train", "--data", "{texts}", "--vocabulary", "99"], "--vocabulary 99"),
+        (["train", "--data", "{texts}", "--granularity", "1", "--shared-experts", "2"],
+         "--granularity 1 with 2 shared"),
+        (["train", "--data", "{texts}", "--tokenizer", "{texts}"], "holds no tokenizer"),
+        (["train", "--data", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["ablate", "balance", "--data", "{texts}", "--dev-share", "0"], "--dev-share 0"),
+    ],
+)  # fmt: skip
+def test_wrong_training_is_one_line_and_leaves_nothing(command, texts, tmp_path, words, told):
+    out = tmp_path / "run"
+    small = ["--width", "16", "--layers", "1"] if "--preset" not in words else []
+    given = [word.format(texts=texts) for word in words]
+    code, _, err = command(*given, *small, "--out", out)
+    assert code == 2
+    assert told in err
+    assert err.count("\n") == 1
+    assert not (out / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["evaluate", "{empty}", "--data", "{texts}"], "no config.json"),
+        (["evaluate", "{model}", "--data", "{texts}", "--batch-size", "0"], "--batch-size 0"),
+        (["evaluate", "{model}", "--data", "{empty}"], "holds no data file"),
+        (["evaluate", "{model}", "--data", "{texts}", "--length", "1"], "--length 1"),
+        (["analyze", "disable-top", "{model}", "--data", "{texts}", "--length", "999999"],
+         "do not fill one window"),
+        (["generate", "{model}", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["check", "{empty}/none"], "no such folder"),
+        (["params", "{empty}"], "config.json"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line(command, trained, texts, tmp_path, words, told):
+    (tmp_path / "empty").mkdir()
+    places = {"empty": tmp_path / "empty", "model": trained / "model", "texts": texts}
+    code, _, err = command(*[word.format(**places) for word in words])
+    assert code == 2
+    assert told in err
+    assert err.count("\n") == 1

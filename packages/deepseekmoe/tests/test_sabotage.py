@@ -1,0 +1,58 @@
+"""With a key step taken out, the claims must fail: they measure the method and not the task."""
+
+import json
+
+import pytest
+import torch
+from deepseekmoe import layer
+from deepseekmoe.demo import PROFILES, Profile
+from deepseekmoe.routing import Routing
+
+
+@pytest.fixture
+def verdicts(command, tmp_path, monkeypatch):
+    """Run a small demo and give the verdict of each claim by its beginning."""
+    monkeypatch.setitem(PROFILES, "quick", Profile(60, ("gshard",), 4000))
+
+    def run(name):
+        command("demo", "--out", tmp_path / name, "--device", "cpu", "--quiet")
+        claims = json.loads((tmp_path / name / "claims.json").read_text())["claims"]
+        return {claim["claim"]: claim["verdict"] for claim in claims}
+
+    return run
+
+
+SWAP = "A routed expert cannot replace the shared one"
+LOAD = "The balance loss keeps the load even"
+TOP = "Without its best sixteenth of experts it suffers"
+DOMAINS = "Its experts are more specialised in domains than GShard's"
+
+
+def test_random_routing_fails(verdicts, monkeypatch):
+    """Experts drawn at random cannot specialise, and any of them can be disabled."""
+
+    def drawn(logits, top_k, **options):
+        draw = torch.Generator().manual_seed(int(logits.shape[0]))
+        scores = logits.float().softmax(-1)
+        noise = torch.rand(logits.shape, generator=draw)
+        ids = noise.topk(top_k, dim=-1).indices
+        return Routing(ids, scores.gather(-1, ids), scores)
+
+    monkeypatch.setattr(layer, "route", drawn)
+    found = verdicts("random")
+    assert found[DOMAINS] == "FAIL"
+    assert found[TOP] == "FAIL"
+
+
+def test_a_balance_loss_of_weight_zero_fails(verdicts, monkeypatch):
+    monkeypatch.setattr(
+        layer, "expert_balance_loss", lambda scores, ids, **options: 0.0 * scores.sum()
+    )
+    assert verdicts("unbalanced")[LOAD] == "FAIL"
+
+
+def test_a_shared_expert_that_is_never_used_fails(verdicts, monkeypatch):
+    from deepseekmoe.layer import DeepseekMoeMLP
+
+    monkeypatch.setattr(DeepseekMoeMLP, "forward", lambda self, x: 0.0 * x)
+    assert verdicts("unshared")[SWAP] == "FAIL"
