@@ -41,16 +41,19 @@ def train(
     """Fine-tune two complete models or more of rising size on a labelled file."""
     from octavo.rundir import RunDir, options_of
 
-    from cascadebert.data import load_examples
+    from cascadebert.data import label_names, load_examples
     from cascadebert.train import check_models, train_cascade
 
     runtime.start()
     config = with_preset(config)
     check_models(config)
-    examples = load_examples(config.train_data, data, split="train")
+    examples, dev = load_examples(config.train_data, data, split="train"), None
+    if config.dev_data:
+        labels, anywhere = label_names(examples, config.train_data), replace(data, split=None)
+        dev = load_examples(config.dev_data, anywhere, "validation", labels)
     options = options_of(config, data, runtime)
     with RunDir.open(config.out, options, config.overwrite) as run:
-        labels = train_cascade(examples, config, run, runtime)
+        labels = train_cascade(examples, config, run, runtime, dev)
     rows = [
         {"stage": number, "model": model, "folder": str(config.out / f"stage-{number}")}
         for number, model in enumerate(config.model, 1)
