@@ -1,6 +1,7 @@
 """Difficulty, regularization and the other ways to train a stage."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -113,6 +114,65 @@ def test_a_run_that_was_begun_with_other_rows_is_not_gone_on_with(words, command
         assert (code, "was begun with other training rows" in err) == (2, True), err
         data.write_text("".join(lines))
         assert command(*line(data, out))[0] == 0
+
+
+def in_two(*line):
+    """Run a command in two processes over the loopback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         "-m", "cascadebert", *map(str, line)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def metric(run, key="loss"):
+    """All values of one kind by training, in their order."""
+    found = {}
+    for line in rows(run / "metrics.jsonl"):
+        if key in line:
+            found.setdefault(line["training"], []).append(line[key])
+    return found
+
+
+def test_two_processes_measure_the_difficulty_that_one_does(words, command, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command(*difficulty_words(words, one, "--batch-size", 20, folds=2))[0] == 0
+    shown = in_two(*difficulty_words(words, two, "--batch-size", 10, folds=2))
+    assert shown.count("Difficulty of 1200 rows") == 1
+    single, double = metric(one), metric(two)
+    assert list(single) == list(double)
+    assert len(single) == 4
+    for name, losses in single.items():
+        assert double[name] == pytest.approx(losses, abs=1e-5)
+    names = [sorted(path.name for path in (run / "difficulty").iterdir()) for run in (one, two)]
+    assert names[0] == names[1]  # each file once, nothing left half written
+    levels = [load_difficulty(run / "difficulty" / "difficulty.jsonl", 1200) for run in (one, two)]
+    differ = sum(a != b for a, b in zip(*levels, strict=True))
+    assert differ <= 6  # rows on which two classes are as good as equal
+
+
+def test_two_processes_train_with_the_regularization(words, command, tmp_path):
+    """Pairs are made within each process, so that only what has none is as one process has it."""
+    dar = ["--dar-weight", 0.5, "--folds", 2, "--fold-seeds", 0, "--dev-data", words]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command(*train_words(words, one, *dar, "--batch-size", 40))[0] == 0
+    assert in_two(*train_words(words, two, *dar, "--batch-size", 20)).count("Trained on 1200") == 1
+    single, double = metric(one), metric(two)
+    assert list(single) == list(double)
+    for name in single:
+        assert (double[name] == pytest.approx(single[name], abs=1e-5)) == (name != "stage-1")
+    assert metric(one, "best_score")["stage-2"] == pytest.approx(
+        metric(two, "best_score")["stage-2"]
+    )
+    levels = [
+        load_difficulty(run / "difficulty-1" / "difficulty.jsonl", 1200) for run in (one, two)
+    ]
+    assert sum(a != b for a, b in zip(*levels, strict=True)) <= 6
+    tree = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (one, two)]
+    assert tree[0] == tree[1]
 
 
 def test_rules():
