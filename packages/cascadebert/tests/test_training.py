@@ -175,6 +175,36 @@ def test_two_processes_train_with_the_regularization(words, command, tmp_path):
     assert tree[0] == tree[1]
 
 
+@pytest.mark.parametrize(("kind", "killed_in"), [("deebert", "exits"), ("joint", "joint")])
+def test_a_killed_rival_goes_on_and_ends_alike(words, command, tmp_path, kind, killed_in):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def line(out):
+        return ["baseline", "--kind", kind, "--model", "scratch:2x16", "--train-data", words, *FAST,
+                "--exit-epochs", 4, "--out", out]  # fmt: skip
+
+    assert command(*line(whole))[0] == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cascadebert", *map(str, line(cut))],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list(cut.glob(f"checkpoints/{killed_in}/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (cut / "model").exists()
+    code, _, err = command(*line(cut))
+    assert code == 0
+    assert f"{killed_in}: resumed at checkpoint-" in err
+    for name in ("model.safetensors", "exits.safetensors"):
+        first, second = (load_file(run / "model" / name) for run in (whole, cut))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not (cut / "checkpoints").exists()
+
+
 def test_rules():
     votes = [0, 1, 2, 3]
     assert to_levels(votes, 3, "majority") == [0, 0, 1, 1]
