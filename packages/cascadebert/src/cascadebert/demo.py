@@ -33,8 +33,8 @@ EVERY_MODEL = {
 
 PROFILES = {
     "quick": Profile(
-        8_000, 3_000, 3_000, batch_size=64, models={SMALL: (4e-3, 6.0), LARGE: (2e-3, 5.0)},
-        resplits=50, exit_epochs=6.0,
+        10_000, 3_000, 4_000, batch_size=64, models={SMALL: (4e-3, 7.0), LARGE: (2e-3, 8.0)},
+        resplits=50,
     ),
     "full": Profile(
         30_000, 4_000, 8_000, models=EVERY_MODEL, joint=(2e-3, 5.0), first_layers=(1, 2),
