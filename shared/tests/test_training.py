@@ -84,6 +84,81 @@ def test_a_killed_training_resumed_equals_an_uninterrupted_one(whole, tmp_path):
     assert equal(weights(whole), weights(out), 0)
 
 
+@pytest.mark.parametrize("save_every", [0, 4, 5])
+def test_the_best_epoch_is_kept(tmp_path, save_every):
+    """Whether other checkpoints are written at its end, within it or not at all."""
+    scores, seen = [0.5, 0.9, 0.9, 0.3], []
+
+    def scripted(model):
+        assert not model.training
+        seen.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        return scores[len(seen) - 1]
+
+    model = train_words.make_model()
+    options = TrainOptions(learning_rate=1e-2, epochs=3.5, batch_size=8, save_every=save_every)
+    with RunDir.open(tmp_path / "run", {}) as run:
+        fit(model, train_words.rows(), train_words.collate, run, "x", options=options, runtime=CPU,
+            evaluate=scripted)  # fmt: skip
+    assert len(seen) == 4  # the half of an epoch too
+    kept = [number for number, each in enumerate(seen) if equal(each, model.state_dict(), 0)]
+    assert kept == [1]  # the first of equals
+    lines = run.metrics()
+    assert [line["eval_score"] for line in lines if "eval_score" in line] == scores
+    assert lines[-1] == {"training": "x", "step": 28, "best_epoch": 2.0, "best_score": 0.9}
+
+
+def test_evaluation_changes_nothing_but_the_choice(whole, tmp_path):
+    """Asked after each epoch, the last being best, it leaves the training as it was."""
+    rising = iter(range(3))
+    train_words.main(tmp_path / "run", batch_size=8, die_at=0, evaluate=lambda _: next(rising))
+    assert equal(weights(whole), weights(tmp_path / "run"), 0)
+
+
+def test_an_evaluation_that_is_no_number_is_an_error(tmp_path):
+    with RunDir.open(tmp_path / "run", {}) as run, pytest.raises(ModelError, match="gave nan"):
+        fit(train_words.make_model(), train_words.rows(), train_words.collate, run, "x",
+            options=TrainOptions(epochs=1), runtime=CPU, evaluate=lambda _: float("nan"))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    """An uninterrupted training whose first epoch is the best."""
+    out = tmp_path_factory.mktemp("best") / "run"
+    train_words.main(out, batch_size=8, die_at=0, evaluate=train_words.worst)
+    assert RunDir(out).metrics()[-1]["best_epoch"] == 1
+    return out
+
+
+def test_the_best_epoch_outlives_a_kill(best, whole, tmp_path):
+    """Between the second epoch and the third."""
+    out = tmp_path / "run"
+    first = subprocess.run(
+        [sys.executable, SCRIPT, str(out), "8", "16", "best"], capture_output=True
+    )
+    assert first.returncode == -9
+    assert len(list((out / "checkpoints" / "words").iterdir())) == 2  # the best, and the newest
+    train_words.main(out, batch_size=8, die_at=0, evaluate=train_words.worst)
+    assert equal(weights(best), weights(out), 0)
+    assert not equal(weights(whole), weights(out), 0)
+    assert [line["step"] for line in RunDir(out).metrics()] == [
+        line["step"] for line in RunDir(best).metrics()]  # fmt: skip
+    assert RunDir(out).metrics()[-1] == RunDir(best).metrics()[-1]
+
+
+def test_two_processes_keep_the_same_epoch(best, tmp_path):
+    """Also where their own answers differ: rank 0's counts."""
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         SCRIPT, str(out), "4", "0", "best"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert equal(weights(best), weights(out), 1e-4)
+    assert equal(weights(out), load_file(out / "rank-1.safetensors"), 0)
+    assert RunDir(out).metrics()[-1]["best_epoch"] == 1
+
+
 def test_a_checkpoint_cut_off_in_the_writing_is_passed_over(tmp_path):
     for step, state in ((3, "{}"), (6, "{}"), (9, '{"half'), (12, None)):
         folder = tmp_path / f"checkpoint-{step}"

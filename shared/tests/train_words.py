@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime, is_main
+from octavo.runtime import Runtime, is_main, rank
 from octavo.training import TrainOptions, fit
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.trainer_callback import DefaultFlowCallback
 
@@ -44,7 +45,14 @@ def make_model(seed=0):
     )  # fmt: skip
 
 
-def main(out: Path, batch_size: int, die_at: int) -> None:
+def worst(model):
+    """How bad it is, so that the first epoch's weights are the best; other ranks say the contrary."""
+    with torch.inference_mode():
+        value = loss(model, collate(rows())).item()
+    return value if rank() == 0 else -value
+
+
+def main(out: Path, batch_size: int, die_at: int, evaluate=None) -> None:
     """Train; with `die_at` the process kills itself after that step, like a lost machine."""
     model = make_model()
     if die_at:
@@ -59,10 +67,12 @@ def main(out: Path, batch_size: int, die_at: int) -> None:
     options = TrainOptions(learning_rate=1e-2, epochs=3, batch_size=batch_size, save_every=3)
     with RunDir.open(out, {"batch": batch_size}) as run:
         fit(model, rows(), collate, run, "words", options=options, loss=loss,
-            runtime=Runtime(device="cpu"))  # fmt: skip
+            runtime=Runtime(device="cpu"), evaluate=evaluate)  # fmt: skip
         if is_main():
             model.save_pretrained(out / "model")
+        else:
+            save_file(model.state_dict(), out / f"rank-{rank()}.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), worst if sys.argv[4:] else None)

@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from cascadebert import experiment, measure, policy
+from cascadebert import experiment, measure, policy, risk
+from cascadebert.config import FoldConfig
 from cascadebert.demo import REAL, deal, judge
 from cascadebert.experiment import LARGE, SMALL, Profile, run_seed
-from cascadebert.train import train_cascade
+from cascadebert.train import stage_loss, train_cascade
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime
+from safetensors.torch import load_file
 
 TINY = Profile(
     3_000, 800, 1_500, batch_size=32, models={SMALL: (4e-3, 5.0), LARGE: (2e-3, 6.0)}, resplits=5,
@@ -21,6 +24,17 @@ TINY = Profile(
 #: So few calibration words hit a speed-up less well.
 MARGINS = dataclasses.replace(REAL, speedup_error=0.25)
 SPEED = "The speed-up chosen on calibration words holds on test words"
+HARM = "Harm of"
+ORDER = "Difficulty-aware regularization improves the order (DIS)"
+ERROR = "It lowers the calibration error"
+
+#: Enough new splits that one more or less tells nothing.
+SPLITS = dataclasses.replace(TINY, resplits=60)
+
+#: Enough to run through; what the regularization gains is shown by the demo's full profile.
+FEW = dataclasses.replace(
+    TINY, regularized=300, regularized_epochs=3.0, folds=FoldConfig(folds=2, fold_seeds=(0,))
+)
 
 
 def verdicts(folder, profile=TINY):
@@ -90,3 +104,30 @@ def test_without_a_large_model_there_is_nothing_to_gain(tmp_path):
     untrained = {SMALL: TINY.models[SMALL], LARGE: (1e-6, 0.1)}
     found = verdicts(tmp_path / "run", dataclasses.replace(TINY, models=untrained))
     assert found["It is better than its small model"] is False
+
+
+def test_a_risk_that_is_not_shown_is_not_kept(models, monkeypatch):
+    """Learn-then-Test that takes what it measures for the truth, or walks on while there is hope."""
+    assert verdicts(models, SPLITS)[HARM]
+    walk = risk.walk
+    for step, broken in {
+        "binomial_p": lambda failures, items, alpha: np.where(failures <= items * alpha, 0.0, 1.0),
+        "walk": lambda p_values, delta: walk(p_values, 1 - delta),
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(risk, step, broken)
+            assert verdicts(models, SPLITS)[HARM] is False
+
+
+def test_without_its_weight_the_regularization_does_nothing(models, monkeypatch):
+    """Then "+ DAR" is the plain model again: no order is gained and no calibration error lost."""
+
+    def weightless(config, *rest):
+        return stage_loss(dataclasses.replace(config, dar_weight=0.0), *rest)
+
+    monkeypatch.setattr(experiment, "stage_loss", weightless)
+    found = verdicts(models, FEW)
+    assert (found[ORDER], found[ERROR]) == (False, False)
+    place = models / "seed-0" / "regularized"
+    plain, folds = (load_file(place / name / "model.safetensors") for name in ("plain", "folds"))
+    assert all(torch.equal(plain[name], folds[name]) for name in plain)

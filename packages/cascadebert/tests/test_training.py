@@ -1,6 +1,7 @@
 """Difficulty, regularization and the other ways to train a stage."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import torch
 from cascadebert import report
 from cascadebert.cascade import Cascade
 from cascadebert.config import PAPER, FoldConfig, TrainConfig, with_preset
+from cascadebert.data import load_examples
 from cascadebert.difficulty import load_difficulty, to_levels
-from cascadebert.train import stage_loss
+from cascadebert.finetune import _accuracy
+from cascadebert.train import check_models, stage_loss
 from octavo.errors import DataError
+from octavo.runtime import Runtime
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -111,6 +115,95 @@ def test_a_run_that_was_begun_with_other_rows_is_not_gone_on_with(words, command
         assert (code, "was begun with other training rows" in err) == (2, True), err
         data.write_text("".join(lines))
         assert command(*line(data, out))[0] == 0
+
+
+def in_two(*line):
+    """Run a command in two processes over the loopback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         "-m", "cascadebert", *map(str, line)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def metric(run, key="loss"):
+    """All values of one kind by training, in their order."""
+    found = {}
+    for line in rows(run / "metrics.jsonl"):
+        if key in line:
+            found.setdefault(line["training"], []).append(line[key])
+    return found
+
+
+def test_two_processes_measure_the_difficulty_that_one_does(words, command, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command(*difficulty_words(words, one, "--batch-size", 20, folds=2))[0] == 0
+    shown = in_two(*difficulty_words(words, two, "--batch-size", 10, folds=2))
+    assert shown.count("Difficulty of 1200 rows") == 1
+    single, double = metric(one), metric(two)
+    assert list(single) == list(double)
+    assert len(single) == 4
+    for name, losses in single.items():
+        assert double[name] == pytest.approx(losses, abs=1e-5)
+    names = [sorted(path.name for path in (run / "difficulty").iterdir()) for run in (one, two)]
+    assert names[0] == names[1]  # each file once, nothing left half written
+    levels = [load_difficulty(run / "difficulty" / "difficulty.jsonl", 1200) for run in (one, two)]
+    differ = sum(a != b for a, b in zip(*levels, strict=True))
+    assert differ <= 6  # rows on which two classes are as good as equal
+
+
+def test_two_processes_train_with_the_regularization(words, command, tmp_path):
+    """Pairs are made within each process, so that only what has none is as one process has it."""
+    dar = ["--dar-weight", 0.5, "--folds", 2, "--fold-seeds", 0, "--dev-data", words]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command(*train_words(words, one, *dar, "--batch-size", 40))[0] == 0
+    assert in_two(*train_words(words, two, *dar, "--batch-size", 20)).count("Trained on 1200") == 1
+    single, double = metric(one), metric(two)
+    assert list(single) == list(double)
+    for name in single:
+        assert (double[name] == pytest.approx(single[name], abs=1e-5)) == (name != "stage-1")
+    assert metric(one, "best_score")["stage-2"] == pytest.approx(
+        metric(two, "best_score")["stage-2"]
+    )
+    levels = [
+        load_difficulty(run / "difficulty-1" / "difficulty.jsonl", 1200) for run in (one, two)
+    ]
+    assert sum(a != b for a, b in zip(*levels, strict=True)) <= 6
+    tree = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (one, two)]
+    assert tree[0] == tree[1]
+
+
+@pytest.mark.parametrize(("kind", "killed_in"), [("deebert", "exits"), ("joint", "joint")])
+def test_a_killed_rival_goes_on_and_ends_alike(words, command, tmp_path, kind, killed_in):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def line(out):
+        return ["baseline", "--kind", kind, "--model", "scratch:2x16", "--train-data", words, *FAST,
+                "--exit-epochs", 4, "--out", out]  # fmt: skip
+
+    assert command(*line(whole))[0] == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cascadebert", *map(str, line(cut))],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list(cut.glob(f"checkpoints/{killed_in}/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (cut / "model").exists()
+    code, _, err = command(*line(cut))
+    assert code == 0
+    assert f"{killed_in}: resumed at checkpoint-" in err
+    for name in ("model.safetensors", "exits.safetensors"):
+        first, second = (load_file(run / "model" / name) for run in (whole, cut))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not (cut / "checkpoints").exists()
 
 
 def test_rules():
@@ -217,7 +310,135 @@ def test_other_ways_to_train_a_stage(words, command, tmp_path, options, trained)
     assert Cascade.from_pretrained([run]).pairs is False
 
 
-def test_the_papers_preset():
+def test_each_stage_keeps_its_best_epoch_on_dev_rows(words, command, tmp_path, monkeypatch):
+    """Pairs, with scripted accuracies that fall after the first epoch of one and rise in the other."""
+    from cascadebert import finetune
+
+    seen = {"stage-1": [], "stage-2": []}
+
+    def scripted(dev, tokenizer, labels, max_length, runtime):
+        name = next(name for name, weights in seen.items() if not weights)
+        scores = [0.6, 0.5] if name == "stage-1" else [0.5, 0.6]
+        real = accuracy(dev, tokenizer, labels, max_length, runtime)
+
+        def evaluate(model):
+            assert 0 < real(model) < 1
+            seen[name].append({key: value.clone() for key, value in model.state_dict().items()})
+            return scores[len(seen[name]) - 1]
+
+        return evaluate
+
+    accuracy = finetune._accuracy
+    monkeypatch.setattr(finetune, "_accuracy", scripted)
+    for name in ("train", "dev"):
+        pairs = [row | {"other": row["text"]} for row in rows(words / f"{name}.jsonl")[:200]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    run = tmp_path / "run"
+    code, _, err = command(*train_words(tmp_path / "train.jsonl", run, "--dev-data",
+                                        tmp_path / "dev.jsonl", "--pair-column", "other"))  # fmt: skip
+    assert code == 0, err
+    for name, best in (("stage-1", 1), ("stage-2", 2)):
+        saved = load_file(run / name / "model.safetensors")
+        for number, weights in enumerate(seen[name], 1):
+            same = all(torch.equal(weights[key], saved[key]) for key in saved)
+            assert same == (number == best)
+    told = {line["training"]: line["best_epoch"] for line in rows(run / "metrics.jsonl")
+            if "best_epoch" in line}  # fmt: skip
+    assert told == {"stage-1": 1, "stage-2": 2}
+    assert "best epoch by accuracy on" in (run / "README.md").read_text()
+    assert not (run / "checkpoints").exists()
+
+
+def test_the_accuracy_that_decides_is_that_of_the_stage(words, trained):
+    stage = Cascade.from_pretrained([trained]).stages[1]
+    dev = load_examples(str(words / "dev.jsonl"))
+    right = stage.run(stage.encode(dev), 512).argmax(dim=-1)
+    truth = torch.tensor([stage.labels.index(label) for label in dev.labels or []])
+    asked = _accuracy(dev, stage.tokenizer, stage.labels, stage.max_length, Runtime())
+    assert asked(stage.model) == (right == truth).double().mean().item()
+
+
+@pytest.fixture(scope="module")
+def chosen(words, tmp_path_factory):
+    """A cascade whose epochs were chosen on the dev words."""
+    from cascadebert.cli import app
+    from octavo.cli import run
+
+    out = tmp_path_factory.mktemp("chosen") / "run"
+    line = train_words(words, out, "--dev-data", words, "--save-every", 10, "--quiet")
+    assert run(app, [*map(str, line)]) == 0
+    return out
+
+
+def test_a_killed_training_keeps_the_same_best_epoch(chosen, words, command, tmp_path):
+    cut = tmp_path / "cut"
+    line = train_words(words, cut, "--dev-data", words, "--save-every", 10)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cascadebert", *map(str, line)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list(cut.glob("checkpoints/stage-1/checkpoint-50/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    begun = (cut / "dev-rows.json").read_text()
+    (cut / "dev-rows.json").write_text(json.dumps(json.loads(begun) | {"hash": "other"}))
+    code, _, err = command(*line)
+    assert (code, "was begun with other dev rows" in err) == (2, True)
+    (cut / "dev-rows.json").write_text(begun)
+    assert command(*line)[0] == 0
+    for stage in ("stage-1", "stage-2"):
+        first, second = (load_file(run / stage / "model.safetensors") for run in (chosen, cut))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    scores = [[(line["training"], line["best_epoch"], line["best_score"])
+               for line in rows(run / "metrics.jsonl") if "best_score" in line]
+              for run in (chosen, cut)]  # fmt: skip
+    assert scores[0] == scores[1]
+    assert (cut / "cascade.json").read_bytes() == (chosen / "cascade.json").read_bytes()
+
+
+def test_rows_that_chose_an_epoch_are_not_reported_on(chosen, words, command, tmp_path):
+    policy, test = tmp_path / "policy.json", words / "test.jsonl"
+    asked = ["calibrate", "--model", chosen, "--out", policy, "--dev-data"]
+    code, _, err = command(*asked, words, "--target-speedup", 1.5)
+    assert code == 0, err
+    assert "300 of these 300 rows are rows the best epochs were chosen on" in err
+    code, _, err = command(*asked, words, "--max-risk", 0.1, "--overwrite")
+    assert (code, "they can show no guarantee; calibrate on others" in err) == (2, True)
+    risk = ["--max-risk", 0.1, "--method", "empirical", "--overwrite"]
+    assert command(*asked, words, *risk)[0] in (0, 3)  # it promises nothing
+    code, _, err = command(*asked, test, "--target-speedup", 1.5, "--overwrite")
+    assert (code, "were chosen on" in err) == (0, False)
+    moved = tmp_path / "moved"
+    Cascade.from_pretrained([chosen]).save_pretrained(moved)
+    again = ["calibrate", "--model", moved, "--dev-data", words, "--max-risk", 0.1]
+    assert command(*again)[0] == 2  # it remembers
+    for line in (["evaluate"], ["report", "--out", tmp_path / "page"]):
+        line += ["--model", chosen, "--policy", policy, "--test-data", words, "--split", "dev"]
+        code, _, err = command(*line)
+        assert (code, "rows the models' best epochs were chosen on" in err) == (2, True), err
+        code, _, err = command(*line, "--allow-same-split")
+        assert (code, "300 of 300 rows are rows the models' best" in err) == (0, True), err
+
+
+def test_dev_rows_that_cannot_choose(words, command, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "nine.jsonl").write_text('{"text": "making", "label": "9"}\n')
+    for file, message in {
+        words / "train.jsonl": "1200 of its 1200 rows are training rows",
+        tmp_path / "empty.jsonl": "holds no rows",
+        tmp_path / "nine.jsonl": "label '9' is not one of the model's",
+        tmp_path / "none.jsonl": "no such file",
+    }.items():
+        code, _, err = command(*train_words(words, tmp_path / "out", "--dev-data", file))
+        assert (code, message in err) == (2, True), err
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_preset(caplog):
     config = with_preset(TrainConfig(train_data="x", out=Path("x"), preset="paper"))
     assert config.model == ("google/bert_uncased_L-2_H-768_A-12", "bert-base-uncased")
     assert (config.learning_rate, config.epochs, config.batch_size) == ((2e-5,), (5.0,), 16)
@@ -227,6 +448,11 @@ def test_the_papers_preset():
     )
     assert (with_preset(own).model, with_preset(own).batch_size) == (("a", "b"), 64)
     assert with_preset(CONFIG) == CONFIG
+    small = replace(with_preset(own), model=("scratch:1x16", "scratch:1x32"))
+    for dev, told in ((None, True), ("dev.csv", False)):
+        caplog.clear()
+        check_models(replace(small, dev_data=dev))
+        assert ("the best on dev takes --dev-data" in caplog.text) == told
     assert set(PAPER) <= set(TrainConfig.__dataclass_fields__)
 
 

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 ReportTo = Literal["none", "tensorboard", "wandb"]
 Batch = dict[str, "torch.Tensor"]
 Loss = Callable[["torch.nn.Module", Batch], "torch.Tensor"]
+Evaluate = Callable[["PreTrainedModel"], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,12 @@ def fit(
     options: TrainOptions = TrainOptions(),
     runtime: Runtime = Runtime(),
     loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
 ) -> "PreTrainedModel":
     """Train a model in place; a run that was killed goes on from its last whole checkpoint.
+
+    With `evaluate` the weights of the best epoch are kept, the first of equals, instead of the last
+    one's; `metrics.jsonl` then has a score an epoch, and at the end which was the best.
 
     Args:
         model: any of the library's models; without `loss` it must compute its own.
@@ -88,14 +93,17 @@ def fit(
         runtime: seed, device and precision; bfloat16 and float16 mean autocast, the weights stay as
             they are.
         loss: of the model and a batch, a scalar mean over the batch's items.
+        evaluate: of the model in evaluation mode, a finite number, larger is better; asked on every
+            process after each epoch and at the end of a part of one, and rank 0's answer counts.
 
     Returns:
         The model, trained, in evaluation mode.
 
     Raises:
         ConfigError: an option is out of range, or a reporter is not installed.
-        ModelError: the loss became NaN or infinite.
+        ModelError: the loss or the evaluation became NaN or infinite.
     """
+    from accelerate.utils import broadcast_object_list
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     check(options)
@@ -115,8 +123,8 @@ def fit(
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup,
         max_grad_norm=options.max_gradient_norm,
-        save_strategy="steps" if options.save_every else "epoch",
-        save_steps=options.save_every or 500,
+        save_strategy="steps" if options.save_every or evaluate else "epoch",
+        save_steps=options.save_every or 10**9,
         save_total_limit=1,
         logging_steps=20,
         logging_nan_inf_filter=False,
@@ -131,7 +139,10 @@ def fit(
         remove_unused_columns=False,
         disable_tqdm=True,
         log_level="error",
+        metric_for_best_model="score" if evaluate else None,
     )
+    # set now, since Trainer would have it that checkpoints are as rare as evaluations
+    arguments.load_best_model_at_end = evaluate is not None
 
     class LossTrainer(Trainer):
         loss_is_scaled_for_ga = False
@@ -146,6 +157,19 @@ def fit(
             value = loss(model, inputs) if loss else model(**inputs).loss
             return (value, None) if return_outputs else value
 
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            assert evaluate
+            with self.autocast_smart_context_manager():
+                (score,) = broadcast_object_list([float(evaluate(model.eval()))])
+            if not math.isfinite(score):
+                raise ModelError(f"{name}: its evaluation gave {score}; lower --learning-rate")
+            metrics = {"eval_score": score}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            return metrics
+
     trainer = LossTrainer(
         model=model,
         args=arguments,
@@ -154,6 +178,8 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_reporter(run, name))
+    if evaluate:
+        trainer.add_callback(_epoch_ends())
     trainer.accelerator.wait_for_everyone()
     checkpoint = last_checkpoint(folder)
     reached = int(checkpoint.name.split("-")[1]) if checkpoint else 0
@@ -165,6 +191,13 @@ def fit(
     trainer.accelerator.wait_for_everyone()
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ModelError(f"{name}: a weight became NaN or infinite; lower --learning-rate")
+    if evaluate:
+        state = trainer.state
+        best = next(line for line in state.log_history if line["step"] == state.best_global_step
+                    and "eval_score" in line)  # fmt: skip
+        found = {"best_epoch": best["epoch"], "best_score": best["eval_score"]}
+        log.info("%s: best after epoch %g, score %.4f", name, *found.values())
+        run.log(training=name, step=state.global_step, **found)
     return model.eval()
 
 
@@ -211,6 +244,22 @@ def check(options: TrainOptions) -> None:
         raise ConfigError(
             f"--report-to {options.report_to}: is not installed; pip install {options.report_to}"
         )
+
+
+def _epoch_ends() -> Any:
+    """A callback that evaluates with an epoch's last step and saves after it, never before.
+
+    Trainer's own order at an epoch's end saves first where both fall on one step; a run killed between
+    the two would resume without that epoch's score.
+    """
+    from transformers import TrainerCallback
+
+    class EpochEnds(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.epoch.is_integer() or state.global_step >= state.max_steps:
+                control.should_evaluate = control.should_save = True
+
+    return EpochEnds()
 
 
 def _reporter(run: RunDir, name: str) -> Any:

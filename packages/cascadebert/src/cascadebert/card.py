@@ -26,6 +26,8 @@ def model_card(
         "tags": ["cascadebert", "cascade", "text-classification"],
     }
     recipe = [f"label smoothing {config.label_smoothing:g}"] * bool(config.label_smoothing)
+    if config.dev_data:
+        recipe.append(f"each stage its best epoch by accuracy on `{config.dev_data}`")
     if config.dar_weight:
         recipe.append(
             f"difficulty-aware regularization (lambda {config.dar_weight:g}, epsilon "

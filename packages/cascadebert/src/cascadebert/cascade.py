@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cascadebert.config import Backend, CalibrateConfig, CostKind
 from cascadebert.cost import StageCost
-from cascadebert.data import Examples, encoded_hashes
+from cascadebert.data import OVERLAP, Examples, encoded_hashes, seen_before
 from cascadebert.metrics import fit_temperature
 from cascadebert.policy import Policy, fit_policy, superfluous_stages
 from cascadebert.scores import fit_head, log_odds
@@ -73,6 +73,8 @@ class Cascade:
         labels: their common label names, in the cascade's order.
         batch_tokens: tokens in a batch, padding included.
         pairs: whether it was trained on pairs of texts; None where that is unknown.
+        dev_hashes: of the rows on which its stages' best epochs were chosen, as `encoded_hashes`
+            gives them; empty where there were none or that is unknown.
     """
 
     def __init__(
@@ -81,11 +83,13 @@ class Cascade:
         labels: Sequence[str],
         batch_tokens: int = 8192,
         pairs: bool | None = None,
+        dev_hashes: str = "",
     ) -> None:
         self.stages = list(stages)
         self.labels = list(labels)
         self.batch_tokens = batch_tokens
         self.pairs = pairs
+        self.dev_hashes = dev_hashes
 
     @classmethod
     def from_pretrained(
@@ -121,6 +125,7 @@ class Cascade:
             raise ConfigError(f"--max-length {max_length}: must be 4 or more")
         given = [models] if isinstance(models, str | Path) else list(models)
         sources, labels, pairs = [str(model) for model in given], None, None
+        dev_hashes = ""
         if len(sources) == 1:
             folder = Path(sources[0]).expanduser()
             manifest = folder / MANIFEST
@@ -135,6 +140,7 @@ class Cascade:
                 labels = [str(label) for label in content["labels"]]
                 max_length = max_length or int(content["max_length"])
                 pairs = bool(content["pairs"]) if "pairs" in content else None
+                dev_hashes = str(content.get("dev_hashes", ""))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{manifest}: not a cascade's description ({error})") from None
         stages: list[Stage] = []
@@ -142,7 +148,7 @@ class Cascade:
             stage = load_stage(source, labels, max_length, backend, allow_partial, runtime)
             labels = labels or stage.labels
             stages.append(stage)
-        return cls(stages, labels or [], batch_tokens, pairs)
+        return cls(stages, labels or [], batch_tokens, pairs, dev_hashes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all stages into one folder, each as the ecosystem does, and what joins them.
@@ -161,6 +167,7 @@ class Cascade:
                 stage.tokenizer.save_pretrained(temporary / name)
             manifest = {"stages": names, "labels": self.labels, "max_length": longest}
             known = {} if self.pairs is None else {"pairs": self.pairs}
+            known |= {"dev_hashes": self.dev_hashes} if self.dev_hashes else {}
             write_json(temporary / MANIFEST, manifest | known)
 
     @property
@@ -309,7 +316,8 @@ class Cascade:
             cost: the unit of the target, where no `config` names it.
 
         Raises:
-            ConfigError: the target is out of reach, or needs labels; the message says which.
+            ConfigError: the target is out of reach, or needs labels, or a guarantee is asked of
+                rows on which the stages' epochs were chosen; the message says which.
         """
         config = config or CalibrateConfig(cost=cost)
         if target_speedup is not None:
@@ -320,6 +328,7 @@ class Cascade:
             log.warning(
                 "%d calibration rows tell little: expect other results on new ones", len(examples)
             )
+        self._warn_of_dev_rows(examples, config)
         lengths = self.lengths(examples)
         costs = self.costs(lengths, measured=True)
         everything = [self.logits(number, examples) for number in range(len(self.stages))]
@@ -367,6 +376,7 @@ class Cascade:
             "deciles": deciles,
             "hash": examples.fingerprint(),
             "row_hashes": encoded_hashes(examples),
+            "dev_hashes": self.dev_hashes,
         }
         plain = config.score == "max_probability" and not config.separate and not policy.guarantee
         if labels is not None and len(self.stages) > 2 and plain and policy.achieved["speedup"] > 1:
@@ -380,6 +390,18 @@ class Cascade:
             backend=self.backend,
             calibration=calibration,
         )
+
+    def _warn_of_dev_rows(self, examples: Examples, config: CalibrateConfig) -> None:
+        """The rows that chose the best epochs flatter the stages, and can show no guarantee."""
+        again = seen_before(examples, self.dev_hashes)
+        if again <= OVERLAP * len(examples):
+            return
+        what = f"{again} of these {len(examples)} rows are rows the best epochs were chosen on"
+        if config.max_risk is not None and config.method != "empirical":
+            raise ConfigError(
+                f"{what}: they can show no guarantee; calibrate on others, or --method empirical"
+            )
+        log.warning("%s: expect a little less on new ones", what)
 
 
 def _predictions(

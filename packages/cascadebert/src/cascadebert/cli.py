@@ -44,11 +44,16 @@ def train(
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
     """Fine-tune two complete models or more of rising size on a labelled file."""
+    from cascadebert.data import load_examples
     from cascadebert.train import check_models, train_cascade
 
     config = with_preset(config)
     with _training(config, data, runtime, partial(check_models, config)) as (examples, labels, run):
-        train_cascade(examples, config, run, runtime)
+        dev = None
+        if config.dev_data:
+            anywhere = replace(data, split=None)
+            dev = load_examples(config.dev_data, anywhere, "validation", labels)
+        train_cascade(examples, config, run, runtime, dev)
     rows = [
         {"stage": number, "model": model, "folder": str(config.out / f"stage-{number}")}
         for number, model in enumerate(config.model, 1)

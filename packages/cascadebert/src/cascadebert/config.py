@@ -102,8 +102,12 @@ class TrainConfig(FitConfig, FoldConfig):
     out: Path
     """Folder of the run, which is then a cascade for the other commands."""
 
+    dev_data: str | None = None
+    """Labelled rows on which each stage's best epoch is chosen, by accuracy; the last one without."""
+
     preset: Literal["none", "paper"] = "none"
-    """paper: BERT of 2 and of 12 layers and the authors' settings, for each option at its default."""
+    """paper: BERT of 2 and of 12 layers and the authors' settings, for each option at its default;
+    name --dev-data for the best epoch on dev, or a warning tells that the last one is kept."""
 
     dar_weight: float = 0.0
     """Weight of difficulty-aware regularization (lambda) in every stage but the last; 0 for none."""

@@ -89,6 +89,10 @@ def encoded_hashes(examples: Examples) -> str:
     return base64.b64encode(np.unique(row_hashes(examples)).tobytes()).decode()
 
 
+#: Share of rows that may be among others they should be new to, as duplicates in real data are.
+OVERLAP = 0.01
+
+
 def seen_before(examples: Examples, encoded: str) -> int:
     """How many rows are among those that `encoded_hashes` wrote down."""
     earlier = np.frombuffer(base64.b64decode(encoded), dtype="<u8")

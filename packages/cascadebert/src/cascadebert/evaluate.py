@@ -14,7 +14,7 @@ from octavo.stats import bootstrap_interval, mcnemar
 from cascadebert.cascade import Cascade, Predictions, single
 from cascadebert.config import CostKind
 from cascadebert.cost import speedup
-from cascadebert.data import Examples, seen_before
+from cascadebert.data import OVERLAP, Examples, seen_before
 from cascadebert.metrics import quality
 from cascadebert.policy import Policy
 
@@ -23,27 +23,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Share of the rows that may be among the calibration rows, as duplicates in real data are.
-OVERLAP = 0.01
-
 
 def refuse_calibration_rows(policy: Policy, examples: Examples, allow: bool = False) -> None:
-    """Make sure that nothing is reported on what the policy was fitted on.
+    """Make sure that nothing is reported on what the policy or its models' epochs were chosen on.
 
     Raises:
-        ConfigError: more than one row in a hundred is among the calibration rows.
+        ConfigError: more than one row in a hundred is among the calibration rows, or among the dev
+            rows of `train`.
         DataError: there are fewer than two rows.
     """
     if len(examples) < 2:
         raise DataError("an evaluation needs two rows or more")
-    again = seen_before(examples, policy.calibration.get("row_hashes", ""))
-    if again > OVERLAP * len(examples) and not allow:
-        raise ConfigError(
-            f"{again} of these {len(examples)} rows are rows the policy was calibrated on; report on "
-            "others (or --allow-same-split, and say so)"
-        )
-    if again:
-        log.warning("%d of %d rows are calibration rows too", again, len(examples))
+    for key, what in (
+        ("row_hashes", "the policy was calibrated on"),
+        ("dev_hashes", "the models' best epochs were chosen on"),
+    ):
+        again = seen_before(examples, policy.calibration.get(key, ""))
+        if again > OVERLAP * len(examples) and not allow:
+            raise ConfigError(
+                f"{again} of these {len(examples)} rows are rows {what}; report on others (or "
+                "--allow-same-split, and say so)"
+            )
+        if again:
+            log.warning("%d of %d rows are rows %s", again, len(examples), what)
 
 
 def compare(

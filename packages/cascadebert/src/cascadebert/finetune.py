@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from octavo import tiny
@@ -12,12 +12,12 @@ from octavo.errors import ConfigError
 from octavo.models import load_config, load_model, load_tokenizer
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, seed_everything
-from octavo.training import Loss, TrainOptions, check, fit, last_checkpoint
+from octavo.training import Evaluate, Loss, TrainOptions, check, fit, last_checkpoint
 from torch.nn.functional import cross_entropy
 
 from cascadebert.config import FitConfig
 from cascadebert.data import Examples, ordered_fingerprint
-from cascadebert.stage import longest
+from cascadebert.stage import longest, make_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ def fine_tune(
     loss: Loss | None = None,
     extras: Mapping[str, Sequence[Any]] | None = None,
     model: "PreTrainedModel | None" = None,
+    dev: Examples | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Train a sequence classifier; a killed run goes on where it stopped.
 
@@ -67,6 +68,7 @@ def fine_tune(
         loss: of the model and a batch; cross-entropy by default.
         extras: further columns a row that the loss takes: `difficulty`, `teacher`.
         model: one to train further, instead of loading `source`.
+        dev: labelled rows; the epoch that is most often right on them is kept instead of the last.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
@@ -93,25 +95,44 @@ def fine_tune(
         options=options,
         runtime=runtime,
         loss=loss or classification_loss(config.label_smoothing),
+        evaluate=None if dev is None else _accuracy(dev, tokenizer, labels, length, runtime),
     )
     return model, tokenizer
 
 
-def refuse_other_rows(run: RunDir, examples: Examples) -> None:
-    """Make sure that a resumed run sees the training rows that it began with.
+def _accuracy(
+    dev: Examples, tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str], max_length: int,
+    runtime: Runtime,
+) -> Evaluate:  # fmt: skip
+    """Gives the share of rows that a model in training answers rightly, from 0 to 1."""
+    truth = torch.tensor([labels.index(label) for label in dev.labels or []])
+
+    def evaluate(model: "PreTrainedModel") -> float:
+        stage = make_stage("dev rows", model, tokenizer, labels, max_length, runtime)
+        answers = stage.run(stage.encode(dev), 8192).argmax(dim=-1)
+        return float((answers == truth).double().mean())
+
+    return evaluate
+
+
+def refuse_other_rows(
+    run: RunDir, examples: Examples, kind: Literal["training", "dev"] = "training"
+) -> None:
+    """Make sure that a resumed run sees the rows that it began with.
 
     Raises:
         ConfigError: they have changed.
     """
-    file, now = run.path / "rows.json", ordered_fingerprint(examples)
+    name = "rows.json" if kind == "training" else f"{kind}-rows.json"
+    file, now = run.path / name, ordered_fingerprint(examples)
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))["hash"]
         if before != now:
             raise ConfigError(
-                f"{run.path}: was begun with other training rows; use another --out, or --overwrite"
+                f"{run.path}: was begun with other {kind} rows; use another --out, or --overwrite"
             )
     else:
-        run.write_json("rows.json", {"rows": len(examples), "hash": now})
+        run.write_json(name, {"rows": len(examples), "hash": now})
 
 
 def classification_loss(smoothing: float = 0.0) -> Loss:

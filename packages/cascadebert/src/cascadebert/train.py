@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, DataError
 from octavo.models import save_model
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, world_size
@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from cascadebert.card import model_card
 from cascadebert.cascade import MANIFEST
 from cascadebert.config import TrainConfig
-from cascadebert.data import Examples, label_names
+from cascadebert.data import OVERLAP, Examples, encoded_hashes, label_names, seen_before
 from cascadebert.difficulty import build_difficulty, check_folds
 from cascadebert.finetune import (
     check_fit,
@@ -46,7 +46,11 @@ log = logging.getLogger(__name__)
 
 
 def train_cascade(
-    examples: Examples, config: TrainConfig, run: RunDir, runtime: Runtime = Runtime()
+    examples: Examples,
+    config: TrainConfig,
+    run: RunDir,
+    runtime: Runtime = Runtime(),
+    dev: Examples | None = None,
 ) -> list[str]:
     """Fine-tune every stage and write the cascade into the run's folder.
 
@@ -55,17 +59,24 @@ def train_cascade(
         config: the models and how they are trained.
         run: the folder; a stage that already lies there whole is left as it is.
         runtime: seed, device and precision.
+        dev: labelled rows that are not among `examples`; each stage keeps the epoch that is most
+            often right on them, the last one without. Gatekeeper's epoch comes after that choice,
+            and the models that measure difficulty keep their last.
 
     Returns:
         The label names.
 
     Raises:
-        ConfigError: fewer than two models, or settings that do not match their number.
+        ConfigError: fewer than two models, settings that do not match their number, dev rows that
+            are training rows, or other rows than the run was begun with.
         ModelError: a model cannot be had, or is no encoder for classification.
-        DataError: fewer than two labels.
+        DataError: fewer than two labels, or no dev rows.
     """
     labels = label_names(examples, config.train_data)
     names = [f"stage-{number + 1}" for number in range(len(config.model))]
+    if dev is not None:
+        _check_dev(dev, examples, config)
+        refuse_other_rows(run, dev, "dev")
     refuse_other_rows(run, examples)
     runtime.wait_for_everyone()  # before asking what is there already
     order = list(range(len(names)))
@@ -75,11 +86,24 @@ def train_cascade(
         if (run.path / names[number]).is_dir():
             log.info("%s is trained already", names[number])
             continue
-        _train_stage(number, names, examples, labels, config, run, runtime)
+        _train_stage(number, names, examples, dev, labels, config, run, runtime)
     manifest = {"stages": names, "labels": labels, "max_length": config.max_length}
-    run.write_json(MANIFEST, manifest | {"pairs": examples.pairs is not None})
+    manifest |= {"pairs": examples.pairs is not None}
+    chosen = {} if dev is None else {"dev_hashes": encoded_hashes(dev)}
+    run.write_json(MANIFEST, manifest | chosen)
     run.write_text("README.md", model_card(names, labels, config, examples))
     return labels
+
+
+def _check_dev(dev: Examples, examples: Examples, config: TrainConfig) -> None:
+    if len(dev) == 0:
+        raise DataError(f"--dev-data {config.dev_data}: holds no rows")
+    again = seen_before(dev, encoded_hashes(examples))
+    if again > OVERLAP * len(dev):
+        raise ConfigError(
+            f"--dev-data {config.dev_data}: {again} of its {len(dev)} rows are training rows, which "
+            "cannot tell the best epoch; give others"
+        )
 
 
 def check_models(config: TrainConfig) -> None:
@@ -109,12 +133,15 @@ def check_models(config: TrainConfig) -> None:
         check_folds(config, 10**9)
     for source in config.model:
         check_fit(config, source, config.out)
+    if config.preset == "paper" and not config.dev_data:
+        log.warning("each stage keeps its last epoch; the best on dev takes --dev-data")
 
 
 def _train_stage(
     number: int,
     names: Sequence[str],
     examples: Examples,
+    dev: Examples | None,
     labels: Sequence[str],
     config: TrainConfig,
     run: RunDir,
@@ -137,8 +164,9 @@ def _train_stage(
     steps = math.ceil(len(examples) / (config.batch_size * world_size())) * options.epochs
     loss = stage_loss(config if defers else plain, steps, steps_done(run, name))
     model, tokenizer = fine_tune(
-        name, source, examples, labels, options, config, run, runtime, loss=loss, extras=extras
-    )
+        name, source, examples, labels, options, config, run, runtime, loss=loss, extras=extras,
+        dev=dev,
+    )  # fmt: skip
     if defers and config.gatekeeper_weight:
         _gatekeep(f"{name}-gatekeeper", model, tokenizer, examples, labels, options, config, run,
                   runtime)  # fmt: skip
