@@ -1,9 +1,9 @@
 """The demo over three seeds that nothing was tuned on; the README's tables are made of this.
 
 python packages/cascadebert/benchmarks/bench_demo.py            quick profile, generated words
-python packages/cascadebert/benchmarks/bench_demo.py FOLDER     collects a finished demo on real words:
+python packages/cascadebert/benchmarks/bench_demo.py FOLDER     collects a finished full demo:
 
-cascadebert demo --profile full --seeds 0,1,2 --data DIR --out FOLDER
+cascadebert demo --profile full --seeds 0,1,2 [--data DIR] --out FOLDER
 """
 
 import json
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from cascadebert.demo import run_demo
 from cascadebert.report import mean_rows
 from octavo.report import load_claims
@@ -20,7 +21,7 @@ from octavo.runtime import Runtime
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = "cascadebert demo --profile quick --seeds 0,1,2"
-REAL = "cascadebert demo --profile full --seeds 0,1,2 --data DIR"
+FULL = "cascadebert demo --profile full --seeds 0,1,2"
 
 
 def collect(folder: Path, command: str) -> dict[str, Any]:
@@ -52,7 +53,10 @@ def collect(folder: Path, command: str) -> dict[str, Any]:
 def main() -> None:
     """Run or collect, and write the result."""
     if len(sys.argv) > 1:
-        write_json(RESULTS / "demo-real.json", collect(Path(sys.argv[1]), REAL))
+        folder = Path(sys.argv[1])
+        real = bool(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"])
+        name, command = ("demo-real", f"{FULL} --data DIR") if real else ("demo-full", FULL)
+        write_json(RESULTS / f"{name}.json", collect(folder, command))
         return
     runtime = Runtime(threads=1)
     runtime.start()

@@ -39,7 +39,9 @@ def model(small):
 def tokens():
     draw = np.random.default_rng(0)
     values = np.concatenate([draw.integers(2, 100, 80), draw.integers(150, 300, 80)])
-    return Tokens(values.astype(np.uint32), np.array([0, 80]), ["low", "high"], np.array([200, 300]))
+    return Tokens(
+        values.astype(np.uint32), np.array([0, 80]), ["low", "high"], np.array([200, 300])
+    )
 
 
 def test_loss_and_bits_a_byte_by_hand(model, tokens):
@@ -160,7 +162,9 @@ def test_vocabulary_names_the_tokens_of_an_expert(model):
 
 def test_a_model_is_saturated_beside_itself_and_not_beside_another(model, tokens, small):
     twin = copy.deepcopy(model)
-    assert all(row["saturation %"] == pytest.approx(100) for row in saturation(twin, model, tokens, 16))
+    assert all(
+        row["saturation %"] == pytest.approx(100) for row in saturation(twin, model, tokens, 16)
+    )
     other = DeepseekMoeForCausalLM(small(first_k_dense_replace=0)).eval()
     assert all(row["saturation %"] < 80 for row in saturation(other, model, tokens, 16))
     fewer = DeepseekMoeForCausalLM(small()).eval()

@@ -64,7 +64,10 @@ def test_an_endless_shuffle_is_a_function_of_its_place():
 
 @pytest.mark.parametrize(
     ("length", "error", "words"),
-    [(1, ConfigError, "--length 1: must be 2"), (17, DataError, "16 tokens do not fill one window")],
+    [
+        (1, ConfigError, "--length 1: must be 2"),
+        (17, DataError, "16 tokens do not fill one window"),
+    ],
 )
 def test_windows_that_cannot_be(length, error, words):
     with pytest.raises(error, match=words):

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +119,7 @@ def run_demo(
         where = f"the texts of {data}" if data else "embedded domains"
         intro = (
             f"Profile {profile}, seeds {', '.join(map(str, seeds))}, {where}, Python "
-            f"{platform.python_version()} (whose library is one of the embedded domains). "
+            f"{platform.python_version()}, PyTorch {version('torch')} (embedded domains are taken from them). "
             f"{len(train)} training tokens, {len(dev)} held-out ones of {len(set(dev.domains))} "
             f"domains; every model sees the same {sizes.steps} batches of {sizes.rows} x 128 tokens."
         )
@@ -156,7 +157,7 @@ def _texts(run: RunDir, sizes: Profile, data: Path | None) -> tuple[Any, Tokens,
     if data is None:
         data = run.path / "domains"
         for name, text in domain_texts().items():
-            if not (data / f"{name}.txt").is_file():
+            if text and not (data / f"{name}.txt").is_file():
                 write_text(data / f"{name}.txt", text)
     corpus = CorpusConfig(data=str(data))
     tokenizer = train_tokenizer(documents(corpus, "train"), 1024)

@@ -1,7 +1,7 @@
 """Texts of unlike domains that any machine with Python has or can generate: nothing is shipped.
 
-The standard library's source, its help topics, names of characters, and two generated ones: worded
-arithmetic, and numbers in words of three languages.
+Python from the standard library, C++ from PyTorch's headers, English from Python's help topics, the table of
+characters, and worded arithmetic that is generated.
 """
 
 import random
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 #: Characters of each domain, so that none outweighs another.
-SIZE = 300_000
+SIZE = 500_000
 
 NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Ines Jonas Klara Leo Mia Noah Olga Paul".split()
 THINGS = "apples books coins eggs pens stamps shells tickets cards stones".split()
 
 
 def domain_texts(size: int = SIZE) -> dict[str, str]:
-    """Each domain's text, the same on every machine with the same Python version.
+    """Each domain's text, the same on every machine with the same versions of Python and PyTorch.
 
     Args:
         size: characters a domain, at the most.
@@ -27,8 +27,8 @@ def domain_texts(size: int = SIZE) -> dict[str, str]:
         "arithmetic": _take(arithmetic(), size),
         "characters": _take(characters(), size),
         "code": _take(library_source(), size),
+        "headers": _take(headers(), size),
         "help": _take(help_topics(), size),
-        "numbers": _take(numbers(), size),
     }
 
 
@@ -83,7 +83,18 @@ def characters() -> Iterator[str]:
 
 def library_source() -> Iterator[str]:
     """Lines of the standard library's modules, in the order of their names."""
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    yield from _lines(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
+
+
+def headers() -> Iterator[str]:
+    """Lines of the C++ headers that PyTorch is installed with."""
+    import torch
+
+    yield from _lines(sorted((Path(torch.__file__).parent / "include" / "c10").rglob("*.h")))
+
+
+def _lines(files: list[Path]) -> Iterator[str]:
+    for file in files:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -97,74 +108,3 @@ def help_topics() -> Iterator[str]:
 
     for _, page in sorted(topics.items()):
         yield from str(page).splitlines(keepends=True)
-
-
-def numbers(seed: int = 0) -> Iterator[str]:
-    """Numbers in digits and in English, German and French words."""
-    draw = random.Random(seed)
-    spell = {"en": english, "de": german, "fr": french}
-    while True:
-        language = draw.choice(sorted(spell))
-        number = draw.randrange(10 ** draw.randint(1, 6))
-        yield f"{number} ({language}): {spell[language](number)}\n"
-
-
-_EN = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_EN_TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-_DE = (
-    "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn "
-    "sechzehn siebzehn achtzehn neunzehn"
-).split()
-_DE_TENS = "- - zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
-_FR = (
-    "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize "
-    "dix-sept dix-huit dix-neuf"
-).split()
-_FR_TENS = "- - vingt trente quarante cinquante soixante soixante quatre-vingt quatre-vingt".split()
-
-
-def english(number: int) -> str:
-    """A number below a million in English."""
-    if number < 20:
-        return _EN[number]
-    if number < 100:
-        return _EN_TENS[number // 10] + (f"-{_EN[number % 10]}" if number % 10 else "")
-    unit, word = (100, "hundred") if number < 1000 else (1000, "thousand")
-    rest = f" {english(number % unit)}" if number % unit else ""
-    return f"{english(number // unit)} {word}{rest}"
-
-
-def german(number: int) -> str:
-    """A number below a million in German."""
-    if number < 20:
-        return _DE[number]
-    if number < 100:
-        one = "ein" if number % 10 == 1 else _DE[number % 10]
-        return (f"{one}und" if number % 10 else "") + _DE_TENS[number // 10]
-    unit, word = (100, "hundert") if number < 1000 else (1000, "tausend")
-    many = german(number // unit)
-    many = many[:-1] if many.endswith("eins") else many
-    return many + word + (german(number % unit) if number % unit else "")
-
-
-def french(number: int) -> str:
-    """A number below a million in French."""
-    if number < 20:
-        return _FR[number]
-    if number < 100:
-        tens, ones = divmod(number, 10)
-        if tens in (7, 9):
-            ones += 10
-        joint = " et " if ones in (1, 11) and tens < 8 else "-"
-        last = f"{joint}{_FR[ones]}" if ones else ("s" if tens == 8 else "")
-        return _FR_TENS[tens] + last
-    unit, word = (100, "cent") if number < 1000 else (1000, "mille")
-    many = "" if number // unit == 1 else f"{french(number // unit)} "
-    if unit == 1000:  # no plural before mille
-        many = many.replace("vingts ", "vingt ").replace("cents ", "cent ")
-    rest = number % unit
-    plural = "s" if unit == 100 and number // unit > 1 and not rest else ""
-    return f"{many}{word}{plural}" + (f" {french(rest)}" if rest else "")

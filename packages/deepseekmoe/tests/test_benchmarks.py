@@ -1,0 +1,40 @@
+"""Each benchmark on tiny input: all rivals agree, nothing is timed."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark_file(monkeypatch):
+    """A function that imports a file of the benchmarks."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def test_all_ways_to_run_a_layer_agree(benchmark_file):
+    module = benchmark_file("bench_layer")
+    found = module.measure((40, 32, 61, 8, 3), "cpu", torch.float32, tries=1)
+    names = {row["way"] for row in found["rows"]}
+    assert names == {
+        "ours, grouped", "ours, sorted", "transformers, eager", "transformers, grouped_mm",
+        "indexing loop",
+    }  # fmt: skip
+    assert [row["what"] for row in found["targets"]] == [
+        "share of the dense bound", "over transformers eager",
+    ]  # fmt: skip
+
+
+def test_a_way_that_disagrees_is_found(benchmark_file):
+    module = benchmark_file("bench_layer")
+    given = module.make((10, 8, 4, 4, 2), "cpu", torch.float32)
+    ways = {
+        "one": lambda: module.indexing_loop(given),
+        "two": lambda: 1.01 * module.indexing_loop(given),
+    }
+    with pytest.raises(AssertionError, match="two"):
+        module.compare(ways, [given["x"]], torch.ones(10, 8), 1e-4)
