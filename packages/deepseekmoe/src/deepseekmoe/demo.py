@@ -119,7 +119,7 @@ def run_demo(
         where = f"the texts of {data}" if data else "embedded domains"
         intro = (
             f"Profile {profile}, seeds {', '.join(map(str, seeds))}, {where}, Python "
-            f"{platform.python_version()}, PyTorch {version('torch')} (embedded domains are taken from them). "
+            f"{platform.python_version()}, PyTorch {version('torch')} (embedded domains are of them). "
             f"{len(train)} training tokens, {len(dev)} held-out ones of {len(set(dev.domains))} "
             f"domains; every model sees the same {sizes.steps} batches of {sizes.rows} x 128 tokens."
         )

@@ -1,7 +1,7 @@
 """Texts of unlike domains that any machine with Python has or can generate: nothing is shipped.
 
-Python from the standard library, C++ from PyTorch's headers, English from Python's help topics, the table of
-characters, and worded arithmetic that is generated.
+Python from the standard library, C++ from PyTorch's headers, English from Python's help topics, the
+table of characters, and worded arithmetic that is generated.
 """
 
 import random
