@@ -23,9 +23,12 @@ from .evaluate import evaluate_lm as evaluate_lm
 from .experts import moe_forward as moe_forward
 from .hub import load as load
 from .hub import register as register
+from .hub import save as save
 from .layer import DeepseekMoeLayer as DeepseekMoeLayer
 from .layer import intervene as intervene
 from .layer import record_routing as record_routing
+from .lora import add_adapter as add_adapter
+from .lora import merge_adapter as merge_adapter
 from .modeling import DeepseekMoeForCausalLM as DeepseekMoeForCausalLM
 from .modeling import DeepseekMoeModel as DeepseekMoeModel
 from .pretrain import pretrain as pretrain

@@ -9,7 +9,12 @@ from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
 from octavo.runtime import Runtime
 
-from deepseekmoe.config import CorpusConfig, EvaluateConfig, ModelConfig, PretrainConfig
+from deepseekmoe.config import (
+    CorpusConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PretrainConfig,
+)
 
 app = make_app(
     "deepseekmoe",
@@ -256,6 +261,48 @@ def ablate(
         rows = mean_rows(tables)
         opened.write_json("table.json", rows)
     return Outcome({f"{suite}, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}": rows})
+
+
+@app.command
+def convert(
+    model: str,
+    *,
+    out: Path,
+    adapter: Path | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str = "50GB",
+    overwrite: bool = False,
+) -> Outcome:
+    """Write a model anew: with an adapter merged into it, in another precision, in smaller files.
+
+    Args:
+        model: Folder or hub id.
+        out: Folder of the result, in the layout of deepseek-moe-16b-base.
+        adapter: Folder of a LoRA adapter to merge.
+        dtype: Precision of the weights; by default as they are.
+        max_shard_size: Of a file of weights, like 5GB.
+        overwrite: Replace the folder.
+    """
+    import re
+
+    import torch
+    from octavo.errors import ConfigError
+
+    from deepseekmoe.accounting import cost_row
+    from deepseekmoe.hub import load, refuse_folder, save
+    from deepseekmoe.lora import merge_adapter
+
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
+        raise ConfigError(f"--max-shard-size {max_shard_size}: must be like 5GB")
+    refuse_folder(out, overwrite)
+    loaded, tokenizer = load(model, dtype="auto")
+    result: Any = merge_adapter(loaded, adapter) if adapter else loaded
+    if dtype:
+        result.to(getattr(torch, dtype))
+    save(out, result, tokenizer, max_shard_size)
+    return Outcome(
+        {"Written": [{"model": str(out), "dtype": str(result.dtype)} | cost_row(result.config)]}
+    )
 
 
 @app.command
