@@ -19,6 +19,10 @@ from .config import CorpusConfig as CorpusConfig
 from .config import EvaluateConfig as EvaluateConfig
 from .config import ModelConfig as ModelConfig
 from .config import PretrainConfig as PretrainConfig
+from .config import SftConfig as SftConfig
+from .esft import Selection as Selection
+from .esft import freeze_except as freeze_except
+from .esft import select_experts as select_experts
 from .evaluate import evaluate_lm as evaluate_lm
 from .experts import moe_forward as moe_forward
 from .hub import load as load
@@ -34,5 +38,6 @@ from .modeling import DeepseekMoeModel as DeepseekMoeModel
 from .pretrain import pretrain as pretrain
 from .routing import Routing as Routing
 from .routing import route as route
+from .sft import finetune as finetune
 
 __version__: str

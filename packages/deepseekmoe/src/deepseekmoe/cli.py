@@ -14,6 +14,7 @@ from deepseekmoe.config import (
     EvaluateConfig,
     ModelConfig,
     PretrainConfig,
+    SftConfig,
 )
 
 app = make_app(
@@ -261,6 +262,98 @@ def ablate(
         rows = mean_rows(tables)
         opened.write_json("table.json", rows)
     return Outcome({f"{suite}, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}": rows})
+
+
+@app.command
+def sft(
+    model: str,
+    config: Flat[SftConfig],
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Tune a model on chats: all weights, a LoRA adapter, or the experts that the task uses.
+
+    The balance losses stay on with the alphas of the model's own configuration.
+
+    Args:
+        model: Folder or hub id, in the layout of deepseek-moe-16b-base.
+    """
+    from octavo.rundir import RunDir, options_of
+
+    from deepseekmoe.sft import finetune
+
+    runtime.start()
+    options = options_of({"model": model}, config, runtime)
+    with RunDir.open(config.out, options, config.overwrite) as opened:
+        tuned = finetune(model, config, opened, runtime)
+        packed, lines = tuned.packed, opened.metrics()
+        row = {
+            "chats": len(packed.chats),
+            "cut": packed.cut,
+            "left out": packed.silent,
+            "windows": len(packed),
+            "filled %": 100 * packed.fill,
+            "steps": tuned.steps,
+            "weights trained": tuned.trained,
+            "loss of replies": lines[-1]["lm_loss"],
+        }
+        opened.write_json("summary.json", row)
+    if not config.lora_rank:
+        return Outcome({"Tuned": [row]}, note=f"The model: {config.out / 'model'}")
+    adapter = config.out / "adapter"
+    return Outcome(
+        {"Tuned": [row]}, note=f"Next: deepseekmoe convert {model} --adapter {adapter} --out MERGED"
+    )
+
+
+@app.command(name="esft-select")
+def esft_select(
+    model: str,
+    *,
+    data: str,
+    out: Path,
+    split: str | None = None,
+    score: Literal["token", "gate"] = "token",
+    p: float = 0.2,
+    sample: int = 131072,
+    length: int | None = None,
+    batch_size: int = 8,
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Choose the experts that a task uses, for `sft --experts` (ESFT).
+
+    Args:
+        model: Folder or hub id.
+        data: The task's chats, as `sft` takes them.
+        out: File of the selection, JSON as ESFT's authors write it.
+        split: Split of a hub id, or of a folder of splits.
+        score: An expert's relevance: token (share of the slots) or gate (share of the gates' sum).
+        p: Relevance that a layer's experts must reach together, from above 0 to 1; 0.2 suits token
+            and 0.1 gate, as in ESFT.
+        sample: Tokens to look at, of chats drawn at random.
+        length: Tokens of a window; by default what the model was made for, 4096 at the most.
+        batch_size: Windows at a time.
+        overwrite: Replace the file.
+    """
+    from octavo.rundir import refuse_existing
+
+    from deepseekmoe.sft import select_for_task
+
+    refuse_existing(out, overwrite)
+    runtime.start()
+    selection, experts = select_for_task(
+        model, data, split, score, p, sample, length, batch_size, runtime
+    )
+    selection.save(out)
+    rows = [
+        {"layer": layer, "trained": f"{len(chosen)}/{experts}",
+         "experts": ", ".join(map(str, chosen))}
+        for layer, chosen in selection.experts.items()
+    ]  # fmt: skip
+    return Outcome(
+        {"Experts to train": rows},
+        note=f"Next: deepseekmoe sft {model} --data {data} --experts {out}",
+    )
 
 
 @app.command
