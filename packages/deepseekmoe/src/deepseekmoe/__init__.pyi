@@ -39,5 +39,6 @@ from .pretrain import pretrain as pretrain
 from .routing import Routing as Routing
 from .routing import route as route
 from .sft import finetune as finetune
+from .upcycle import upcycle as upcycle
 
 __version__: str

@@ -357,6 +357,47 @@ def esft_select(
 
 
 @app.command
+def upcycle(
+    dense: str,
+    *,
+    out: Path,
+    routed_experts: int = 64,
+    shared_experts: int = 2,
+    active_experts: int = 6,
+    granularity: int = 1,
+    dense_layers: int = 0,
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Make experts of a dense LLaMA's feed-forward networks; the result begins where it ended.
+
+    Args:
+        dense: Folder or hub id of a LLaMA, or of a model of this package without routed experts.
+        out: Folder of the new model.
+        routed_experts: Routed experts of a layer.
+        shared_experts: Shared experts of a layer.
+        active_experts: Routed experts a token.
+        granularity: Pieces that a feed-forward network is cut into; with 1 experts are copies.
+        dense_layers: First layers that stay as they are.
+        overwrite: Replace the folder.
+    """
+    from deepseekmoe.accounting import cost_row
+    from deepseekmoe.hub import refuse_folder, save
+    from deepseekmoe.upcycle import load_dense
+    from deepseekmoe.upcycle import upcycle as upcycled
+
+    refuse_folder(out, overwrite)
+    runtime.start()
+    loaded, tokenizer = load_dense(dense)
+    model = upcycled(
+        loaded, routed=routed_experts, shared=shared_experts, active=active_experts,
+        granularity=granularity, dense_layers=dense_layers, seed=runtime.seed,
+    )  # fmt: skip
+    save(out, model, tokenizer)
+    return Outcome({"What it is made of and costs": [{"model": str(out)} | cost_row(model.config)]})
+
+
+@app.command
 def convert(
     model: str,
     *,
