@@ -70,6 +70,21 @@ def trained(texts, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A file of short conversations, in which every question has one answer."""
+    file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    draw = random.Random(0)
+    rows = []
+    for _ in range(60):
+        word = draw.choice(WORDS)
+        question = f"{word} {draw.choice(WORDS)} then"
+        rows.append({"messages": [{"role": "user", "content": question},
+                                  {"role": "assistant", "content": f"{word} {word}"}]})  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
 @pytest.fixture
 def released(tmp_path, small):
     """Writes a folder in the released layout: a tensor for each expert, bfloat16, remote-code names."""

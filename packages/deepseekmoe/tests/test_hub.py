@@ -191,3 +191,24 @@ def test_the_chat_template_is_the_released_models(released):
     )
     end = tokenizer.eos_token
     assert text == f"{end}User: Hi\n\nAssistant: Yes{end}User: Go\n\nAssistant:"
+
+
+def test_convert_writes_precision_and_shards(command, trained, tmp_path):
+    out = tmp_path / "half"
+    words = ["convert", trained / "model", "--out", out, "--dtype", "bfloat16"]
+    code, printed, err = command(*words, "--max-shard-size", "100KB")
+    assert code == 0, err
+    assert "bfloat16" in printed
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    half, tokenizer = hub.load(out, dtype="auto")
+    assert tokenizer is not None
+    whole, _ = hub.load(trained / "model")
+    for one, two in zip(half.parameters(), whole.parameters(), strict=True):
+        assert one.equal(two.bfloat16())
+    code, _, err = command(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "exists already" in err
+    code, _, err = command(*words, "--overwrite", "--max-shard-size", "small")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--max-shard-size small: must be like 5GB" in err
+    assert (out / "config.json").is_file()

@@ -19,17 +19,26 @@ from .config import CorpusConfig as CorpusConfig
 from .config import EvaluateConfig as EvaluateConfig
 from .config import ModelConfig as ModelConfig
 from .config import PretrainConfig as PretrainConfig
+from .config import SftConfig as SftConfig
+from .esft import Selection as Selection
+from .esft import freeze_except as freeze_except
+from .esft import select_experts as select_experts
 from .evaluate import evaluate_lm as evaluate_lm
 from .experts import moe_forward as moe_forward
 from .hub import load as load
 from .hub import register as register
+from .hub import save as save
 from .layer import DeepseekMoeLayer as DeepseekMoeLayer
 from .layer import intervene as intervene
 from .layer import record_routing as record_routing
+from .lora import add_adapter as add_adapter
+from .lora import merge_adapter as merge_adapter
 from .modeling import DeepseekMoeForCausalLM as DeepseekMoeForCausalLM
 from .modeling import DeepseekMoeModel as DeepseekMoeModel
 from .pretrain import pretrain as pretrain
 from .routing import Routing as Routing
 from .routing import route as route
+from .sft import finetune as finetune
+from .upcycle import upcycle as upcycle
 
 __version__: str

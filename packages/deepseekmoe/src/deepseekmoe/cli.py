@@ -9,7 +9,13 @@ from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
 from octavo.runtime import Runtime
 
-from deepseekmoe.config import CorpusConfig, EvaluateConfig, ModelConfig, PretrainConfig
+from deepseekmoe.config import (
+    CorpusConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PretrainConfig,
+    SftConfig,
+)
 
 app = make_app(
     "deepseekmoe",
@@ -256,6 +262,181 @@ def ablate(
         rows = mean_rows(tables)
         opened.write_json("table.json", rows)
     return Outcome({f"{suite}, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}": rows})
+
+
+@app.command
+def sft(
+    model: str,
+    config: Flat[SftConfig],
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Tune a model on chats: all weights, a LoRA adapter, or the experts that the task uses.
+
+    The balance losses stay on with the alphas of the model's own configuration.
+
+    Args:
+        model: Folder or hub id, in the layout of deepseek-moe-16b-base.
+    """
+    from octavo.rundir import RunDir, options_of
+
+    from deepseekmoe.sft import finetune
+
+    runtime.start()
+    options = options_of({"model": model}, config, runtime)
+    with RunDir.open(config.out, options, config.overwrite) as opened:
+        tuned = finetune(model, config, opened, runtime)
+        packed, lines = tuned.packed, opened.metrics()
+        row = {
+            "chats": len(packed.chats),
+            "cut": packed.cut,
+            "left out": packed.silent,
+            "windows": len(packed),
+            "filled %": 100 * packed.fill,
+            "steps": tuned.steps,
+            "weights trained": tuned.trained,
+            "loss of replies": lines[-1]["lm_loss"],
+        }
+        opened.write_json("summary.json", row)
+    if not config.lora_rank:
+        return Outcome({"Tuned": [row]}, note=f"The model: {config.out / 'model'}")
+    adapter = config.out / "adapter"
+    return Outcome(
+        {"Tuned": [row]}, note=f"Next: deepseekmoe convert {model} --adapter {adapter} --out MERGED"
+    )
+
+
+@app.command(name="esft-select")
+def esft_select(
+    model: str,
+    *,
+    data: str,
+    out: Path,
+    split: str | None = None,
+    score: Literal["token", "gate"] = "token",
+    p: float = 0.2,
+    sample: int = 131072,
+    length: int | None = None,
+    batch_size: int = 8,
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Choose the experts that a task uses, for `sft --experts` (ESFT).
+
+    Args:
+        model: Folder or hub id.
+        data: The task's chats, as `sft` takes them.
+        out: File of the selection, JSON as ESFT's authors write it.
+        split: Split of a hub id, or of a folder of splits.
+        score: An expert's relevance: token (share of the slots) or gate (share of the gates' sum).
+        p: Relevance that a layer's experts must reach together, from above 0 to 1; 0.2 suits token
+            and 0.1 gate, as in ESFT.
+        sample: Tokens to look at, of chats drawn at random.
+        length: Tokens of a window; by default what the model was made for, 4096 at the most.
+        batch_size: Windows at a time.
+        overwrite: Replace the file.
+    """
+    from octavo.rundir import refuse_existing
+
+    from deepseekmoe.sft import select_for_task
+
+    refuse_existing(out, overwrite)
+    runtime.start()
+    selection, experts = select_for_task(
+        model, data, split, score, p, sample, length, batch_size, runtime
+    )
+    selection.save(out)
+    rows = [
+        {"layer": layer, "trained": f"{len(chosen)}/{experts}",
+         "experts": ", ".join(map(str, chosen))}
+        for layer, chosen in selection.experts.items()
+    ]  # fmt: skip
+    return Outcome(
+        {"Experts to train": rows},
+        note=f"Next: deepseekmoe sft {model} --data {data} --experts {out}",
+    )
+
+
+@app.command
+def upcycle(
+    dense: str,
+    *,
+    out: Path,
+    routed_experts: int = 64,
+    shared_experts: int = 2,
+    active_experts: int = 6,
+    granularity: int = 1,
+    dense_layers: int = 0,
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Make experts of a dense LLaMA's feed-forward networks; the result begins where it ended.
+
+    Args:
+        dense: Folder or hub id of a LLaMA, or of a model of this package without routed experts.
+        out: Folder of the new model.
+        routed_experts: Routed experts of a layer.
+        shared_experts: Shared experts of a layer.
+        active_experts: Routed experts a token.
+        granularity: Pieces that a feed-forward network is cut into; with 1 experts are copies.
+        dense_layers: First layers that stay as they are.
+        overwrite: Replace the folder.
+    """
+    from deepseekmoe.accounting import cost_row
+    from deepseekmoe.hub import refuse_folder, save
+    from deepseekmoe.upcycle import load_dense
+    from deepseekmoe.upcycle import upcycle as upcycled
+
+    refuse_folder(out, overwrite)
+    runtime.start()
+    loaded, tokenizer = load_dense(dense)
+    model = upcycled(
+        loaded, routed=routed_experts, shared=shared_experts, active=active_experts,
+        granularity=granularity, dense_layers=dense_layers, seed=runtime.seed,
+    )  # fmt: skip
+    save(out, model, tokenizer)
+    return Outcome({"What it is made of and costs": [{"model": str(out)} | cost_row(model.config)]})
+
+
+@app.command
+def convert(
+    model: str,
+    *,
+    out: Path,
+    adapter: Path | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str = "50GB",
+    overwrite: bool = False,
+) -> Outcome:
+    """Write a model anew: with an adapter merged into it, in another precision, in smaller files.
+
+    Args:
+        model: Folder or hub id.
+        out: Folder of the result, in the layout of deepseek-moe-16b-base.
+        adapter: Folder of a LoRA adapter to merge.
+        dtype: Precision of the weights; by default as they are.
+        max_shard_size: Of a file of weights, like 5GB.
+        overwrite: Replace the folder.
+    """
+    import re
+
+    import torch
+    from octavo.errors import ConfigError
+
+    from deepseekmoe.accounting import cost_row
+    from deepseekmoe.hub import load, refuse_folder, save
+    from deepseekmoe.lora import merge_adapter
+
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
+        raise ConfigError(f"--max-shard-size {max_shard_size}: must be like 5GB")
+    refuse_folder(out, overwrite)
+    loaded, tokenizer = load(model, dtype="auto")
+    result: Any = merge_adapter(loaded, adapter) if adapter else loaded
+    if dtype:
+        result.to(getattr(torch, dtype))
+    save(out, result, tokenizer, max_shard_size)
+    return Outcome(
+        {"Written": [{"model": str(out), "dtype": str(result.dtype)} | cost_row(result.config)]}
+    )
 
 
 @app.command

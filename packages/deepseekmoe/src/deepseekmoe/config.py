@@ -133,6 +133,59 @@ class PretrainConfig(OptimizeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Which chats a model is tuned on, and how; the rate and its schedule are the paper's."""
+
+    data: str
+    """Chats: a file or hub id, of rows with `messages` [{role, content}] or `prompt` and `response`."""
+
+    out: Path
+    """Folder of the run; the model is saved in its folder `model`, a LoRA adapter in `adapter`."""
+
+    split: str | None = None
+    """Split of a hub id, or of a folder of splits."""
+
+    epochs: float = 8.0
+    """Passes over the chats."""
+
+    length: int | None = None
+    """Tokens of a window; by default what the model was made for, 4096 at the most."""
+
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank on attention and experts, and nothing else; 0 for none."""
+
+    experts: Path | None = None
+    """Train only the experts that this file of `esft-select` names."""
+
+    batch_size: int = 8
+    """Windows a step and process."""
+
+    accumulate: int = 1
+    """Batches whose gradients are added up before an update."""
+
+    learning_rate: float = 1e-5
+    """Constant learning rate."""
+
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; norms have none."""
+
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    save_every: int = 200
+    """Updates between two checkpoints to resume from; 0 for none."""
+
+    log_every: int = 20
+    """Updates between two lines of metrics.jsonl."""
+
+    checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping their states."""
+
+    overwrite: bool = False
+    """Start anew where a run already lies."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How held-out text is cut."""
 

@@ -7,7 +7,7 @@ what the attention implementations take a document's border from.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +17,9 @@ from octavo import console
 from octavo.data import iter_rows
 from octavo.errors import ConfigError, DataError
 from octavo.rundir import atomic, write_json
+from octavo.runtime import world_size
 
-from deepseekmoe.config import CorpusConfig
+from deepseekmoe.config import CorpusConfig, OptimizeConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -225,15 +226,28 @@ class Windows:
             "labels": torch.from_numpy(labels),
         }
 
-    def shuffled(self, seed: int, begin: int, count: int) -> np.ndarray:
-        """Row numbers `begin` to `begin + count` of an endless shuffle, each epoch in a new order."""
-        found = []
-        while count:
-            epoch, place = divmod(begin, len(self))
-            order = np.random.default_rng([seed, epoch]).permutation(len(self))
-            found.append(order[place : place + count])
-            begin, count = begin + len(found[-1]), count - len(found[-1])
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+def shuffled_batches(
+    rows: Callable[[np.ndarray], dict[str, Any]], many: int, config: OptimizeConfig, seed: int
+) -> Callable[[int, int, int], dict[str, Any]]:
+    """Batches for `optimize`: an endless shuffle of rows, each epoch in a new order.
+
+    Args:
+        rows: the tensors of rows by their numbers.
+        many: how many rows there are.
+        config: tells how many a batch and a step take.
+        seed: of the order.
+    """
+
+    def batch(step: int, micro: int, process: int) -> dict[str, Any]:
+        slot = (step * config.accumulate + micro) * world_size() + process
+        begin = slot * config.batch_size
+        epochs = range(begin // many, (begin + config.batch_size - 1) // many + 1)
+        order = [np.random.default_rng([seed, epoch]).permutation(many) for epoch in epochs]
+        first = begin - epochs[0] * many
+        return rows(np.concatenate(order)[first : first + config.batch_size])
+
+    return batch
 
 
 def train_tokenizer(texts: Iterable[Document], vocabulary: int) -> "PreTrainedTokenizerBase":

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import ConfigError, ModelError
-from octavo.models import load_config, load_tokenizer
+from octavo.models import load_config, load_tokenizer, quiet_library
 from octavo.models import load_model as load_checked
+from octavo.rundir import atomic
 
 from deepseekmoe.accounting import tensors
 from deepseekmoe.architecture import DeepseekMoeConfig
@@ -96,6 +97,31 @@ def load(
     if words is not None:
         check_tokenizer(words, model.config.vocab_size, source)
     return model.eval(), words
+
+
+def refuse_folder(folder: Path, overwrite: bool) -> None:
+    """Stop, before any work is done, where a model would replace something.
+
+    Raises:
+        ConfigError: there is something, and overwriting was not asked for.
+    """
+    if folder.exists() and not overwrite:
+        raise ConfigError(f"{folder} exists already; choose another --out or add --overwrite")
+
+
+def save(folder: Path, model: Any, tokenizer: Any = None, max_shard_size: str = "50GB") -> None:
+    """Write a model in the released layout, and its tokenizer, into a folder that appears whole.
+
+    Args:
+        folder: what lies there is replaced.
+        model: of this package.
+        tokenizer: of the model, or None.
+        max_shard_size: of a file of weights, like 5GB.
+    """
+    with atomic(folder) as temporary, quiet_library():
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
 
 
 def load_moe_config(source: str | Path) -> DeepseekMoeConfig:

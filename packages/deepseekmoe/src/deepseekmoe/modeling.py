@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -150,6 +150,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Float[Tensor, "batch seq width"] | None = None,
         use_cache: bool | None = None,
+        token_mask: Bool[Tensor, "batch seq"] | None = None,
         **kwargs: Any,
     ) -> DeepseekMoeModelOutput:
         """Run the decoder.
@@ -161,6 +162,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values: a cache of the library.
             inputs_embeds: states instead of tokens.
             use_cache: make a cache where none is given.
+            token_mask: which tokens count in statistics, in packed rows: these have position_ids,
+                and no attention_mask that would tell it.
             **kwargs: go to the attention implementation.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -181,8 +184,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        token_mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -seq:].bool()
         hidden = inputs_embeds
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
@@ -257,7 +259,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             num_items_in_batch: predicted tokens of the whole batch that gradients are accumulated
                 over; the loss is then this part's share of the batch's loss, and so are the balance
                 losses (weighted by the part's tokens).
-            **kwargs: go to the attention implementation.
+            **kwargs: `token_mask` of the decoder; the rest goes to the attention implementation.
         """
         out = self.model(
             input_ids=input_ids,

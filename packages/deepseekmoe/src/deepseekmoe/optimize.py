@@ -156,10 +156,12 @@ def optimize(
 
 
 def balance_bias(model: Any, counts: Tensor) -> None:
-    """Move every layer's selection bias by its load, where the model has one."""
+    """Move every layer's selection bias by its load, where the model has one and trains its gate."""
     layers: list[Any] = moe_layers(model)
     if model.config.bias_update_rate:
         for layer, load in zip(layers, counts, strict=True):
+            if not any(weight.requires_grad for weight in layer.gate.parameters()):
+                continue
             update_bias(layer.gate.e_score_correction_bias, load, model.config.bias_update_rate)
 
 

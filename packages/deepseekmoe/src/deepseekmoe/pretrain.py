@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import ConfigError
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
-from octavo.runtime import Runtime, is_main, seed_everything, world_size
+from octavo.runtime import Runtime, is_main, seed_everything
 
 from deepseekmoe.architecture import DeepseekMoeConfig
 from deepseekmoe.config import CorpusConfig, ModelConfig, PretrainConfig
-from deepseekmoe.corpus import Tokens, Windows, documents, tokenize, train_tokenizer
+from deepseekmoe.corpus import (
+    Tokens,
+    Windows,
+    documents,
+    shuffled_batches,
+    tokenize,
+    train_tokenizer,
+)
 from deepseekmoe.hub import register
 from deepseekmoe.optimize import check_options, discard_checkpoints, optimize
 
@@ -171,13 +178,8 @@ def train_model(
     """
     windows = Windows(train, config.length)
     model = make_model(shape, runtime)
-
-    def batch(step: int, micro: int, process: int) -> dict[str, Any]:
-        slot = (step * config.accumulate + micro) * world_size() + process
-        begin = slot * config.batch_size
-        return windows.rows(windows.shuffled(runtime.seed, begin, config.batch_size))
-
-    return optimize(model, batch, config, run, runtime)
+    batches = shuffled_batches(windows.rows, len(windows), config, runtime.seed)
+    return optimize(model, batches, config, run, runtime)
 
 
 def _tokenizer(
