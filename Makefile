@@ -23,6 +23,7 @@ help:  ## list the targets
 
 setup: $(UV)  ## install everything into .venv/ (2 to 3 GB of downloads the first time)
 	@git config filter.portable-lock.clean 'python3 .ci/lock.py clean' 2>/dev/null || true
+	@git config filter.portable-lock.smudge cat 2>/dev/null || true
 	@git config filter.portable-lock.required true 2>/dev/null || true
 	@$(UV) sync --quiet --all-packages --extra lora --extra onnx --extra serve --group dev $(if $(wildcard .venv/compiled),,--compile-bytecode)
 	@touch .venv/compiled 2>/dev/null || true

@@ -88,6 +88,11 @@ def known_options(app, command) -> set[str]:
     return names
 
 
+def commands_below(command) -> list[str]:
+    """Names of a command's own commands; flags such as --help stand among them."""
+    return [word for word in command if not word.startswith("-")]
+
+
 def mistakes(text: str, apps) -> list[str]:
     """Commands and options in bash blocks that are not there."""
     found = []
@@ -97,7 +102,7 @@ def mistakes(text: str, apps) -> list[str]:
             continue
         name, arguments = called
         command, line = apps[name], " ".join([name, *arguments])
-        while arguments and not arguments[0].startswith("-") and list(command):
+        while arguments and not arguments[0].startswith("-") and commands_below(command):
             if arguments[0] not in command:
                 found.append(f"{line}: no command {arguments[0]}")
                 break

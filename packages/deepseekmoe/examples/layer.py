@@ -17,6 +17,7 @@ def main(steps: int = 60) -> float:
     optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
     target = torch.randn(64, 64) / 8
     load = torch.zeros(15, dtype=torch.long)
+    loss = torch.zeros(())
     for step in range(steps):
         x = torch.randn(8, 16, 64)
         out = layer(x)

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from deepseekmoe.config import CorpusConfig
+from deepseekmoe.config import CorpusConfig, OptimizeConfig
 from deepseekmoe.corpus import (
     Document,
     Tokens,
     Windows,
     documents,
     load_tokens,
+    shuffled_batches,
     tokenize,
     train_tokenizer,
 )
@@ -52,14 +53,16 @@ def test_one_domain():
 
 
 def test_an_endless_shuffle_is_a_function_of_its_place():
-    windows = Windows(Tokens(np.zeros(70, np.uint32), np.array([0]), ["a"], np.array([1])), 7)
-    whole = windows.shuffled(3, 0, 30)
+    def given(size, seed, steps):
+        config = OptimizeConfig(batch_size=size)
+        batch = shuffled_batches(lambda numbers: {"rows": numbers.tolist()}, 10, config, seed)
+        return [row for step in range(steps) for row in batch(step, 0, 0)["rows"]]
+
+    whole = given(5, 3, 6)
     assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
-    assert whole[:10].tolist() != whole[10:20].tolist()
-    assert np.concatenate([windows.shuffled(3, 0, 17), windows.shuffled(3, 17, 13)]).tolist() == (
-        whole.tolist()
-    )
-    assert windows.shuffled(4, 0, 10).tolist() != whole[:10].tolist()
+    assert whole[:10] != whole[10:20]
+    assert given(15, 3, 2) == given(3, 3, 10) == whole
+    assert given(5, 4, 6) != whole
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def options(**changes):
     return OptimizeConfig(**(given | changes))
 
 
-def make(config):
+def make(config) -> Any:
     torch.manual_seed(0)
     return DeepseekMoeForCausalLM(config)
 

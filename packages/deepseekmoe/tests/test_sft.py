@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         Selection({0: [1, 4], 1: [0]}).save(tmp_path / "experts.json")
         more += ["--experts", tmp_path / "experts.json"]
     run_sft(command, trained / "model", chats, tmp_path / "whole", *more)
-    real = training._save
+    real = training.save_checkpoint
 
     def stop(folder, step, *rest):
         real(folder, step, *rest)
@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 
     words = ["sft", trained / "model", "--data", chats, "--out", tmp_path / "cut", "--length", "64"]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", stop)
+        patch.setattr(training, "save_checkpoint", stop)
         assert command(*words, *FAST, *more)[0] == 130
     assert command(*words, *FAST, *more)[0] == 0
     file = "model/model.safetensors"

@@ -14,11 +14,11 @@ from octavo.rundir import RunDir
 from octavo.runtime import Runtime
 
 from deepseekmoe.accounting import count_parameters, training_flops
+from deepseekmoe.checkpoints import discard_checkpoints
 from deepseekmoe.config import ModelConfig, PretrainConfig
 from deepseekmoe.corpus import Tokens
 from deepseekmoe.evaluate import evaluate_lm
 from deepseekmoe.hub import load
-from deepseekmoe.optimize import discard_checkpoints
 from deepseekmoe.pretrain import make_config, train_model
 
 if TYPE_CHECKING:

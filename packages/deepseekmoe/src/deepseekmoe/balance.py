@@ -36,7 +36,8 @@ def expert_balance_loss(
         mask: which tokens count; all by default.
         sequence_ids: to which sequence each token belongs, from 0; for scope "sequence".
         scope: statistics of each sequence and then their mean (the released code's default), of the
-            whole batch, or of all processes' batches together.
+            whole batch, or f of all processes' batches together and P of this one's, so that the
+            processes' losses, weighted by their tokens, sum up to the loss of all tokens.
         group: process group of the scope "global"; all processes by default.
 
     Raises:
@@ -158,15 +159,13 @@ def _statistics(
         frequency = counts * (experts / slots) / size
         return frequency.to(scores.dtype), total / size
     counts, size = count_experts(ids, experts, there), there.sum()
-    total, share = (scores * there[:, None]).sum(dim=0), 1
+    mean = (scores * there[:, None]).sum(dim=0) / size.clamp_min(1)
     if scope == "global" and torch.distributed.is_initialized():
         both = torch.cat([counts, size[None]])
         torch.distributed.all_reduce(both, group=group)
         counts, size = both[:-1], both[-1]
-        share = torch.distributed.get_world_size(group)  # gradients are averaged over processes
-    size = size.clamp_min(1)
-    frequency = counts * (experts / slots) / size
-    return frequency.to(scores.dtype), share * total / size
+    frequency = counts * (experts / slots) / size.clamp_min(1)
+    return frequency.to(scores.dtype), mean
 
 
 def _over_sequences(

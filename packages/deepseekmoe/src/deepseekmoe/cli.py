@@ -33,16 +33,20 @@ def train(
     model: Flat[ModelConfig] = ModelConfig(),
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
-    """Pre-train a language model on texts, from scratch."""
+    """Pre-train a language model on texts, from scratch; under torchrun on several processes."""
     from octavo.rundir import RunDir, options_of
 
     from deepseekmoe.accounting import count_parameters
     from deepseekmoe.evaluate import evaluate_domains
+    from deepseekmoe.parallel import main_first, processes
     from deepseekmoe.pretrain import pretrain
 
     runtime.start()
     options = options_of(corpus, model, config, runtime)
-    with RunDir.open(config.out, options, config.overwrite) as opened:
+    with (
+        processes(runtime),
+        main_first(lambda: RunDir.open(config.out, options, config.overwrite)) as opened,
+    ):
         trained = pretrain(model, corpus, config, opened, runtime)
         rows: Any = []
         if trained.dev is not None:
@@ -247,6 +251,7 @@ def ablate(
     from deepseekmoe.ablate import SUITES, mean_rows, train_cells
     from deepseekmoe.pretrain import open_corpus
 
+    _alone()
     runtime.start()
     if not corpus.dev_share:
         raise ConfigError("--dev-share 0: models are compared on held-out text; hold some out")
@@ -281,6 +286,7 @@ def sft(
 
     from deepseekmoe.sft import finetune
 
+    _alone()
     runtime.start()
     options = options_of({"model": model}, config, runtime)
     with RunDir.open(config.out, options, config.overwrite) as opened:
@@ -340,6 +346,7 @@ def esft_select(
     from deepseekmoe.sft import select_for_task
 
     refuse_existing(out, overwrite)
+    _alone()
     runtime.start()
     selection, experts = select_for_task(
         model, data, split, score, p, sample, length, batch_size, runtime
@@ -549,9 +556,19 @@ def demo(
     """
     from deepseekmoe.demo import run_demo
 
+    _alone()
     runtime = replace(runtime, threads=runtime.threads or 1)
     runtime.start()
     return run_demo(profile, seeds, out, overwrite, runtime, data)
+
+
+def _alone() -> None:
+    """Refuse to be one of several processes."""
+    from octavo.errors import ConfigError
+    from octavo.runtime import world_size
+
+    if world_size() > 1:
+        raise ConfigError("only `train` runs under torchrun; start this command alone")
 
 
 def _model_and_tokens(
@@ -565,6 +582,7 @@ def _model_and_tokens(
     from deepseekmoe.corpus import documents, tokenize
     from deepseekmoe.hub import load
 
+    _alone()
     if config.batch_size < 1:
         raise ConfigError(f"--batch-size {config.batch_size}: must be 1 or more")
     loaded, tokenizer = load(model)

@@ -111,6 +111,12 @@ class OptimizeConfig:
     checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their states."""
 
+    expert_parallel: int = 1
+    """Processes (of torchrun) that share a layer's routed experts; tokens travel to them."""
+
+    fsdp: bool = False
+    """Slice weights, gradients and optimizer over all processes (of torchrun)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(OptimizeConfig):

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -243,11 +244,16 @@ def shuffled_batches(
         slot = (step * config.accumulate + micro) * world_size() + process
         begin = slot * config.batch_size
         epochs = range(begin // many, (begin + config.batch_size - 1) // many + 1)
-        order = [np.random.default_rng([seed, epoch]).permutation(many) for epoch in epochs]
+        order = [_permutation(seed, epoch, many) for epoch in epochs]
         first = begin - epochs[0] * many
         return rows(np.concatenate(order)[first : first + config.batch_size])
 
     return batch
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, many: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(many)
 
 
 def train_tokenizer(texts: Iterable[Document], vocabulary: int) -> "PreTrainedTokenizerBase":

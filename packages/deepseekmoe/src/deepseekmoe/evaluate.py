@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from octavo import console
+from octavo.runtime import rank, world_size
 
 from deepseekmoe.corpus import Tokens, Windows
 
 
 @torch.no_grad()
 def evaluate_lm(model: Any, tokens: Tokens, length: int, batch_size: int = 16) -> dict[str, float]:
-    """Mean loss over all windows of held-out tokens.
+    """Mean loss over all windows of held-out tokens; processes of one group take turns.
 
     Args:
         model: a causal language model, in evaluation mode.
@@ -27,14 +28,21 @@ def evaluate_lm(model: Any, tokens: Tokens, length: int, batch_size: int = 16) -
     windows = Windows(tokens, length)
     total, count = 0.0, 0
     device = next(model.parameters()).device
+    together = batch_size * world_size()  # windows of all processes at a time
     with console.counter("evaluating", len(windows), "windows") as advance:
-        for begin in range(0, len(windows), batch_size):
-            numbers = range(begin, min(len(windows), begin + batch_size))
-            batch = {name: value.to(device) for name, value in windows.rows(numbers).items()}
-            many = int((batch["labels"][:, 1:] != -100).sum())
-            loss = model(**batch).loss
+        for begin in range(0, len(windows), together):
+            end = min(len(windows), begin + together)
+            numbers = range(begin, end)[rank() * batch_size :][:batch_size]
+            # a process that has none left runs one in vain: the others may need its experts
+            batch = windows.rows(numbers or [begin])
+            many = int((batch["labels"][:, 1:] != -100).sum()) if numbers else 0
+            loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
             total, count = total + float(loss) * many, count + many
-            advance(len(numbers))
+            advance(end - begin)
+    if world_size() > 1:
+        sums = torch.tensor([total, count], dtype=torch.float64)
+        torch.distributed.all_reduce(sums)
+        total, count = sums.tolist()
     loss = total / max(1, count)
     bytes_a_token = float(tokens.text_bytes.sum()) / max(1, len(tokens))
     return {

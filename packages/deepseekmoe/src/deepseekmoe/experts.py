@@ -58,8 +58,8 @@ def moe_forward(
         backend = choose_backend(x, gate_up)
     elif reason := unavailable(backend, x.device, gate_up.dtype):
         raise ConfigError(f"backend {backend}: {reason}")
-    if not ids.numel():
-        return x * 0
+    if not ids.numel():  # gives weights a gradient of 0, which other processes may wait for
+        backend = "sorted"
     dtype = gate_up.dtype
     if torch.is_autocast_enabled(x.device.type):  # which these products do not know of
         dtype = torch.get_autocast_dtype(x.device.type)

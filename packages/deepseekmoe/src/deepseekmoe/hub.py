@@ -47,27 +47,12 @@ FOREIGN = {
 def register() -> None:
     """Make the Auto classes know the model type `deepseek`; calling it again changes nothing."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
     from deepseekmoe.modeling import DeepseekMoeForCausalLM, DeepseekMoeModel
 
     AutoConfig.register("deepseek", DeepseekMoeConfig, exist_ok=True)
     AutoModel.register(DeepseekMoeConfig, DeepseekMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekMoeConfig, DeepseekMoeForCausalLM, exist_ok=True)
-    stacked: list[Any] = [
-        WeightConverter(
-            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-            target_patterns="mlp.experts.gate_up_proj",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-        ),
-        WeightConverter(
-            source_patterns="mlp.experts.*.down_proj.weight",
-            target_patterns="mlp.experts.down_proj",
-            operations=[MergeModulelist(dim=0)],
-        ),
-    ]
-    register_checkpoint_conversion_mapping("deepseek", stacked, overwrite=True)
 
 
 def load(

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from octavo.errors import ConfigError
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import linear, silu
 
 from deepseekmoe.architecture import DeepseekMoeConfig
@@ -25,6 +26,7 @@ from deepseekmoe.balance import (
     expert_balance_loss,
     router_z_loss,
 )
+from deepseekmoe.dispatch import dispatch
 from deepseekmoe.experts import moe_forward
 from deepseekmoe.routing import Groups, Routing, count_experts, hash_route, limit_capacity, route
 
@@ -136,18 +138,38 @@ class DeepseekMoeGate(nn.Module):
 
 
 class ExpertBank(nn.Module):
-    """All routed experts' weights, stacked as transformers v5 stacks them."""
+    """All routed experts' weights, stacked as transformers v5 stacks them.
+
+    Attributes:
+        peers: processes that hold the experts together; None where this one holds all.
+        replicas: processes that hold the same experts as this one, where it holds some.
+    """
 
     def __init__(self, experts: int, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.peers: ProcessGroup | None = None
+        self.replicas: ProcessGroup | None = None
+
+    def divide(self, peers: ProcessGroup, replicas: ProcessGroup) -> None:
+        """Keep this process's share of the experts alone.
+
+        Args:
+            peers: hold the experts together, in equal, contiguous groups by their rank in it.
+            replicas: hold the same experts as this process, which is one of them.
+        """
+        self.peers, self.replicas = peers, replicas
+        for name, weight in list(self.named_parameters()):
+            own = weight.detach().chunk(peers.size())[peers.rank()].clone()
+            setattr(self, name, nn.Parameter(own, weight.requires_grad))
 
     def forward(self, x: Tensor, routing: Routing, backend: str) -> Float[Tensor, "tokens width"]:
         """The routed experts' weighted sum of each token."""
-        return moe_forward(
-            x, routing.ids, routing.weights, self.gate_up_proj, self.down_proj, backend
-        )
+        weights = self.gate_up_proj, self.down_proj
+        if self.peers is not None:
+            return dispatch(x, routing, *weights, self.peers, backend)
+        return moe_forward(x, routing.ids, routing.weights, *weights, backend)
 
 
 class DeepseekMoeLayer(nn.Module):

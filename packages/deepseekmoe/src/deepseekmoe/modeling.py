@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -125,6 +127,26 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
         elif isinstance(module, ExpertBank):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+def _stack_experts() -> None:
+    """Checkpoints have each expert on its own; the library's reversible conversion stacks them."""
+    stacked: list[Any] = [
+        WeightConverter(
+            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            target_patterns="mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="mlp.experts.*.down_proj.weight",
+            target_patterns="mlp.experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ]
+    register_checkpoint_conversion_mapping("deepseek", stacked, overwrite=True)
+
+
+_stack_experts()  # a model that was never registered is saved in the released layout too
 
 
 class DeepseekMoeModel(DeepseekMoePreTrainedModel):

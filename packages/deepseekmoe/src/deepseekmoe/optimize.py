@@ -1,29 +1,35 @@
-"""The training loop: AdamW, the paper's schedule, load statistics, checkpoints that resume bit by bit.
+"""The training loop: AdamW, the paper's schedule, load statistics; it resumes bit by bit.
 
 A loop of its own, because expert parallelism sums gradients over other processes for experts than for
 the rest. Batches are a function of the step alone, so that a resumed run needs no cursor.
 """
 
-import json
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from octavo import console
 from octavo.errors import ConfigError, ModelError
-from octavo.rundir import RunDir, atomic, write_json
-from octavo.runtime import Runtime, is_main, rank, world_size
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime, rank, world_size
 from torch import Tensor, nn
 
 from deepseekmoe.balance import max_violation, update_bias
+from deepseekmoe.checkpoints import resume, save_checkpoint
 from deepseekmoe.config import OptimizeConfig
 from deepseekmoe.layer import moe_layers
+from deepseekmoe.parallel import (
+    check_processes,
+    clip_gradients,
+    divided,
+    main_first,
+    spread,
+    sum_gradients,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ def check_options(config: OptimizeConfig) -> None:
         if not good:
             option = "--" + name.replace("_", "-")
             raise ConfigError(f"{option} {getattr(config, name)}: must be {what}")
+    check_processes(config)
 
 
 def learning_rate(config: OptimizeConfig, step: int) -> float:
@@ -75,8 +82,11 @@ def learning_rate(config: OptimizeConfig, step: int) -> float:
 def make_optimizer(model: nn.Module, config: OptimizeConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves norms and biases alone."""
     weights = [p for p in model.parameters() if p.requires_grad]
+    apart = divided(model)  # a group of their own: slices over other processes do not mix
+    decay = config.weight_decay
     groups = [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in weights if p in apart], "weight_decay": decay},
+        {"params": [p for p in weights if p.dim() >= 2 and p not in apart], "weight_decay": decay},
         {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
@@ -94,29 +104,31 @@ def optimize(
     """Train a model in place; a run that was killed goes on from its last whole checkpoint.
 
     Args:
-        model: a causal language model, on its device.
+        model: a causal language model; on several processes (see `parallel.processes`) whole on each.
         batches: gives the tensors of a step, micro-batch and process, `labels` among them.
         config: the optimisation.
         run: gets a line in `metrics.jsonl` every so often, and the checkpoints while training.
-        runtime: precision of the forward pass; weights stay as they are.
+        runtime: device, and precision of the forward pass; weights stay as they are.
         name: of this training within the run.
 
     Returns:
-        The model, in evaluation mode.
+        The model, in evaluation mode. Where processes share it they call it together;
+        `parallel.whole_model` puts it together.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or asks for other processes than there are.
         ModelError: the loss became NaN or infinite; the first layer that did so is named.
     """
     check_options(config)
-    device = next(model.parameters()).device
+    device = runtime.torch_device()
     precision = _autocast(device, runtime.torch_dtype())
+    spread(model, config, device)
     if config.checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     optimizer = make_optimizer(model, config)
     folder = run.path / "checkpoints" / name
-    begin = _resume(folder, model, optimizer)
+    begin = main_first(lambda: resume(folder, model, optimizer, config))
     run.forget(lambda line: line.get("training") != name or line.get("step", 0) <= begin)
     meter = _Meter()
     with console.counter(f"training {name}", config.steps, "steps") as advance:
@@ -127,19 +139,17 @@ def optimize(
                 group["lr"] = rate
             parts = [batches(step, micro, rank()) for micro in range(config.accumulate)]
             predicted = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
-            predicted = int(_summed(torch.tensor(predicted, device=device)))
+            predicted = int(_summed(torch.tensor(predicted)))
             for part in parts:
                 part = {key: value.to(device) for key, value in part.items()}
                 with precision():
                     out = model(**part, num_items_in_batch=max(1, predicted))
                 out.loss.backward()
                 meter.add(out, part)
-            sum_gradients(model.parameters())
-            norm = nn.utils.clip_grad_norm_(
-                [p for p in model.parameters() if p.requires_grad], config.max_gradient_norm
-            )
-            if not math.isfinite(float(norm)):
-                raise ModelError(_broken(model, parts, device, step, precision))
+            sum_gradients(model)
+            norm = clip_gradients(model, config.max_gradient_norm)
+            if not math.isfinite(norm):
+                _explain_break(model, parts, device, step, precision)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             counts = _summed(meter.step_counts)
@@ -147,10 +157,10 @@ def optimize(
             meter.end_of_step(counts)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                run.log(training=name, step=done, learning_rate=rate, gradient_norm=float(norm),
+                run.log(training=name, step=done, learning_rate=rate, gradient_norm=norm,
                         **meter.read())  # fmt: skip
             if config.save_every and done % config.save_every == 0 and done < config.steps:
-                _save(folder, done, model, optimizer)
+                save_checkpoint(folder, done, model, optimizer, config)
             advance(1)
     return model.eval()
 
@@ -163,17 +173,6 @@ def balance_bias(model: Any, counts: Tensor) -> None:
             if not any(weight.requires_grad for weight in layer.gate.parameters()):
                 continue
             update_bias(layer.gate.e_score_correction_bias, load, model.config.bias_update_rate)
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add gradients over all processes; each loss is its part's share of the whole batch's."""
-    if world_size() == 1:
-        return
-    for parameter in parameters:
-        if parameter.requires_grad:
-            if parameter.grad is None:  # an expert without tokens here may have some elsewhere
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
 
 
 def _summed(tensor: Tensor) -> Tensor:
@@ -196,7 +195,7 @@ class _Meter:
         self._clear()
 
     def _clear(self) -> None:
-        self.loss = self.lm_loss = self.balance = 0.0
+        self.loss = self.lm_loss = 0.0
         self.steps = self.tokens = 0
         self.counts: Tensor | None = None
         self.since = time.perf_counter()
@@ -206,7 +205,6 @@ class _Meter:
         self.step_counts = out.counts if fresh else self.step_counts + out.counts
         self.loss += float(out.loss.detach())
         self.lm_loss += float(out.lm_loss.detach())
-        self.balance += float(out.balance[:, 0].detach().mean()) if len(out.balance) else 0.0
         self.tokens += batch["labels"].numel()
 
     def end_of_step(self, counts: Tensor) -> None:
@@ -215,13 +213,15 @@ class _Meter:
         self.steps += 1
 
     def read(self) -> dict[str, Any]:
-        """A line of metrics; losses are of this process's part, summed over it."""
+        """A line of metrics, of all processes together; each of them calls it."""
         assert self.counts is not None
         seconds = time.perf_counter() - self.since
+        sums = torch.tensor([self.loss, self.lm_loss, self.tokens], dtype=torch.float64)
+        loss, lm_loss, tokens = _summed(sums).tolist()
         line = {
-            "loss": self.loss * world_size() / self.steps,
-            "lm_loss": self.lm_loss * world_size() / self.steps,
-            "tokens_per_second": round(self.tokens * world_size() / max(seconds, 1e-9), 1),
+            "loss": loss / self.steps,
+            "lm_loss": lm_loss / self.steps,
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         }
         if self.counts.numel():
             line |= {
@@ -232,65 +232,20 @@ class _Meter:
         return line
 
 
-def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights, optimizer and step; earlier checkpoints go once this one is whole."""
-    if not is_main():
-        return
-    from safetensors.torch import save_file
-
-    with atomic(folder / f"step-{step}") as temporary:
-        temporary.mkdir(parents=True)
-        state = {name: value.contiguous() for name, value in model.state_dict().items()}
-        save_file(_without_twins(state), temporary / "model.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        write_json(temporary / "state.json", {"step": step})
-    for old in folder.glob("step-*"):
-        if old.name != f"step-{step}":
-            shutil.rmtree(old)
-
-
-def _without_twins(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors once."""
-    seen: dict[int, str] = {}
-    return {
-        name: value
-        for name, value in state.items()
-        if seen.setdefault(value.data_ptr(), name) == name or not value.numel()
-    }
-
-
-def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint; gives the step to go on at."""
-    from safetensors.torch import load_file
-
-    there = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
-    if not there:
-        return 0
-    newest = max(there, key=lambda path: int(path.name.split("-")[1]))
-    step = int(json.loads((newest / "state.json").read_text(encoding="utf-8"))["step"])
-    model.load_state_dict(load_file(newest / "model.safetensors"), strict=False)
-    optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True))
-    log.info("resumed at step %d", step)
-    return step
-
-
-def discard_checkpoints(run: RunDir, name: str = "train") -> None:
-    """Remove a training's checkpoints once its model is saved (rank 0 alone)."""
-    if is_main():
-        shutil.rmtree(run.path / "checkpoints" / name, ignore_errors=True)
-
-
 @torch.no_grad()
-def _broken(model: Any, parts: list[Batch], device: torch.device, step: int, precision: Any) -> str:
-    """Which layer first gives a number that is none."""
-    found: list[str] = []
+def _explain_break(
+    model: Any, parts: list[Batch], device: torch.device, step: int, precision: Any
+) -> None:
+    """Stop, and say which layer first gives a number that is none, on whichever process."""
+    many = len(model.model.layers)
+    found = torch.tensor(many)
     handles = []
     for number, layer in enumerate(model.model.layers):
 
         def look(_layer: nn.Module, _inputs: Any, output: Any, number: int = number) -> None:
             state = output[0] if isinstance(output, tuple) else output
-            if not found and not bool(state.isfinite().all()):
-                found.append(f"layer {number}")
+            if not bool(state.isfinite().all()):
+                found.clamp_(max=number)
 
         handles.append(layer.register_forward_hook(look))
     for part in parts:
@@ -298,5 +253,13 @@ def _broken(model: Any, parts: list[Batch], device: torch.device, step: int, pre
             model(**{key: value.to(device) for key, value in part.items()})
     for handle in handles:
         handle.remove()
-    where = f"{found[0]} gives NaN or infinity" if found else "a gradient became NaN or infinite"
-    return f"step {step + 1}: {where}; lower --learning-rate, or look at the data"
+    if world_size() > 1:
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    where = "a gradient became NaN or infinite"
+    if found < many:
+        where = f"layer {int(found)} gives NaN or infinity"
+
+    def stop() -> None:
+        raise ModelError(f"step {step + 1}: {where}; lower --learning-rate, or look at the data")
+
+    main_first(stop)

@@ -1,17 +1,15 @@
 """Pre-train a model on texts: tokenizer, packed windows, training, evaluation, one folder."""
 
-import logging
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import ConfigError
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
-from octavo.runtime import Runtime, is_main, seed_everything
+from octavo.runtime import Runtime, seed_everything
 
 from deepseekmoe.architecture import DeepseekMoeConfig
+from deepseekmoe.checkpoints import discard_checkpoints
 from deepseekmoe.config import CorpusConfig, ModelConfig, PretrainConfig
 from deepseekmoe.corpus import (
     Tokens,
@@ -22,14 +20,13 @@ from deepseekmoe.corpus import (
     train_tokenizer,
 )
 from deepseekmoe.hub import register
-from deepseekmoe.optimize import check_options, discard_checkpoints, optimize
+from deepseekmoe.optimize import check_options, optimize
+from deepseekmoe.parallel import check_processes, main_first, processes, whole_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deepseekmoe.modeling import DeepseekMoeForCausalLM
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Trained:
     """A model that was pre-trained, and the held-out tokens it was not.
 
     Attributes:
-        model: in evaluation mode.
+        model: in evaluation mode; where processes share it they call it together.
         tokenizer: its tokenizer.
         dev: held-out tokens; None where nothing was held out.
     """
@@ -106,13 +103,12 @@ def make_config(choice: ModelConfig, tokenizer: Any, length: int) -> DeepseekMoe
 
 
 def make_model(config: DeepseekMoeConfig, runtime: Runtime) -> "DeepseekMoeForCausalLM":
-    """A model with random weights on the runtime's device."""
+    """A model with random weights, the same on every process; on the CPU."""
     from deepseekmoe.modeling import DeepseekMoeForCausalLM
 
     register()
     seed_everything(runtime.seed)
-    model: Any = DeepseekMoeForCausalLM(config)
-    return model.to(runtime.torch_device())
+    return DeepseekMoeForCausalLM(config)
 
 
 def pretrain(
@@ -123,6 +119,9 @@ def pretrain(
     runtime: Runtime = Runtime(),
 ) -> Trained:
     """Train a language model from scratch and save it in the run's folder `model`.
+
+    Under torchrun the processes share the work as `config` says; enter `parallel.processes` before to
+    go on together with what this gives.
 
     Args:
         choice: the model.
@@ -136,12 +135,21 @@ def pretrain(
         DataError: there is no such text, or too little of it.
         ModelError: the tokenizer cannot be had, or the training diverged.
     """
-    check_options(config)
-    tokenizer, train, dev = open_corpus(corpus, config, run)
-    model = train_model(make_config(choice, tokenizer, config.length), train, config, run, runtime)
-    model.config.use_cache = True
-    save_model(run.path / "model", model, tokenizer)
-    discard_checkpoints(run)
+
+    def prepare() -> tuple[Any, Tokens, Tokens | None, DeepseekMoeConfig]:
+        check_options(config)
+        tokenizer, train, dev = open_corpus(corpus, config, run)
+        shape = make_config(choice, tokenizer, config.length)
+        check_processes(config, shape.n_routed_experts)
+        Windows(train, config.length)
+        return tokenizer, train, dev, shape
+
+    with processes(runtime):
+        tokenizer, train, dev, shape = main_first(prepare)
+        model = train_model(shape, train, config, run, runtime)
+        model.config.use_cache = True
+        save_model(run.path / "model", whole_model(model), tokenizer)
+        discard_checkpoints(run)
     return Trained(model, tokenizer, dev)
 
 
@@ -188,26 +196,12 @@ def _tokenizer(
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     folder = run.path / "tokenizer"
-    if is_main() and not folder.is_dir():
+    if not folder.is_dir():
         tokenizer = train_tokenizer(documents(corpus, "train"), config.vocabulary)
         with atomic(folder) as temporary:
             tokenizer.save_pretrained(temporary)
-    _wait_for(folder)
     return load_tokenizer(folder)
 
 
 def _tokens(part: Any, corpus: CorpusConfig, tokenizer: Any, run: RunDir) -> Tokens:
-    folder = run.path / f"tokens-{part}"
-    if is_main():
-        return tokenize(documents(corpus, part), tokenizer, folder)
-    _wait_for(folder)
-    return tokenize([], tokenizer, folder)
-
-
-def _wait_for(folder: Path, seconds: float = 3600) -> None:
-    """Until rank 0 has made a folder."""
-    deadline = time.monotonic() + seconds
-    while not folder.is_dir():
-        if time.monotonic() > deadline:
-            raise ConfigError(f"{folder}: the first process did not make it; start the run again")
-        time.sleep(0.2)
+    return tokenize(documents(corpus, part), tokenizer, run.path / f"tokens-{part}")

@@ -19,12 +19,13 @@ from octavo.runtime import Runtime, is_main, seed_everything, world_size
 
 from deepseekmoe.analyze import trace_routing
 from deepseekmoe.chats import PackedChats, as_tokens, encode_chats, load_chats
+from deepseekmoe.checkpoints import discard_checkpoints
 from deepseekmoe.config import OptimizeConfig, SftConfig
 from deepseekmoe.corpus import shuffled_batches
 from deepseekmoe.esft import Selection, freeze_except, select_experts
 from deepseekmoe.hub import CHAT_TEMPLATE, load
 from deepseekmoe.lora import add_adapter
-from deepseekmoe.optimize import check_options, discard_checkpoints, optimize
+from deepseekmoe.optimize import check_options, optimize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
