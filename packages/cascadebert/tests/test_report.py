@@ -52,7 +52,10 @@ def test_measured_over_nominal_speed_up_of_rows_that_have_both():
 
 
 def test_accuracy_over_confidence():
-    rows = [{"mean confidence %": 60.0, "accuracy %": 0.0}]
+    rows = [
+        {"mean confidence %": 60.0, "accuracy %": 0.0, "items": 10},
+        {"mean confidence %": 30.0, "accuracy %": 100.0, "items": 1},  # chance
+    ]
     axes = axes_of(reliability_figure({"stage 1": rows}))
     assert axes.lines[0].get_xydata().tolist() == [[60.0, 0.0]]
     assert labels(axes) == ("mean confidence %", "accuracy %")

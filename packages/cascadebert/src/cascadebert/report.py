@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 Curve = Mapping[str, Sequence[float]]
 
+#: Steps of confidence with fewer items are left out of a figure: their accuracy is chance.
+FEW = 10
+
 #: What nominal speed-ups count where cascades stand beside early exit.
 NOMINAL = "FLOPs for cascades, layers for exits"
 
@@ -319,7 +322,9 @@ def heat_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(rows)), [row["DIS"] for row in rows])
     for y, x in np.argwhere(~np.isnan(values)):
-        axes.text(x, y, f"{values[y, x]:.1f}", ha="center", va="center", color="white", fontsize=8)
+        dark = values[y, x] < np.nanmean(values)
+        color = "white" if dark else "black"
+        axes.text(x, y, f"{values[y, x]:.1f}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, ax=axes)
     return figure
 
@@ -333,7 +338,7 @@ def bar_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.bar(places, [row[method] for row in rows], 0.25, label=method)
     axes.set_xticks(range(len(rows)), [f"layer {row['layer']}" for row in rows])
     axes.set_ylabel("accuracy, %")
-    axes.legend()
+    axes.legend(loc="lower center")
     return figure
 
 
@@ -348,7 +353,10 @@ def count_figure(counts: Mapping[str, int]) -> "Figure":
 
 def reliability_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     """Accuracy over confidence."""
-    return diagonal_figure(tables, "mean confidence %", "accuracy %", through=100)
+    enough = {
+        name: [row for row in rows if row.get("items", FEW) >= FEW] for name, rows in tables.items()
+    }
+    return diagonal_figure(enough, "mean confidence %", "accuracy %", through=100)
 
 
 def clock_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":

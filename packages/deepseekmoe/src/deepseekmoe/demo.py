@@ -50,7 +50,7 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile(200, ("gshard",), 15_000),
+    "quick": Profile(400, ("gshard",), 15_000),
     "full": Profile(600, ("dense", "hash", "switch", "gshard", "gshard-x1.5"), 40_000),
 }
 
