@@ -181,7 +181,7 @@ def test_a_killed_training_ends_like_one_that_was_not(texts, tmp_path):
     command = [
         sys.executable, "-m", "deepseekmoe", "train", "--data", str(texts), "--vocabulary", "280",
         "--width", "16", "--layers", "1", "--routed-experts", "4", "--active-experts", "2",
-        "--length", "16", "--batch-size", "4", "--steps", "400", "--save-every", "20", "--log-every",
+        "--length", "16", "--batch-size", "4", "--steps", "150", "--save-every", "10", "--log-every",
         "20", "--device", "cpu", "--quiet", "--out",
     ]  # fmt: skip
     out = tmp_path / "killed"

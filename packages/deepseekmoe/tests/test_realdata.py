@@ -71,7 +71,7 @@ def test_every_domain_is_tokenised_without_a_loss(data_folder, tmp_path):
 
 def test_training_on_them_learns(data_folder, command, tmp_path):
     code, _, err = command(
-        "train", "--data", data_folder / "text", "--out", tmp_path / "run", "--steps", 20,
+        "train", "--data", data_folder / "text", "--out", tmp_path / "run", "--steps", 10,
         "--length", 64, "--batch-size", 8, "--warmup-steps", 5, "--log-every", 10, "--dev-share", 0.02,
         "--device", "cpu", "--quiet",
     )  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from deepseekmoe import layer
+from deepseekmoe.corpus import Tokens
 from deepseekmoe.demo import PROFILES, Profile
 from deepseekmoe.routing import Routing
 
@@ -12,7 +13,7 @@ from deepseekmoe.routing import Routing
 @pytest.fixture
 def verdicts(command, tmp_path, monkeypatch):
     """Run a small demo and give the verdict of each claim by its beginning."""
-    monkeypatch.setitem(PROFILES, "quick", Profile(60, ("gshard",), 4000))
+    monkeypatch.setitem(PROFILES, "quick", Profile(60, ("gshard",), 4000, rows=4))
 
     def run(name):
         command("demo", "--out", tmp_path / name, "--device", "cpu", "--quiet")
@@ -29,7 +30,7 @@ DOMAINS = "Its experts are more specialised in domains than GShard's"
 
 
 def test_random_routing_fails(verdicts, monkeypatch):
-    """Experts drawn at random cannot specialise, and any of them can be disabled."""
+    """Of experts drawn at random none is best, and any can be disabled."""
 
     def drawn(logits, top_k, **options):
         draw = torch.Generator().manual_seed(int(logits.shape[0]))
@@ -39,9 +40,13 @@ def test_random_routing_fails(verdicts, monkeypatch):
         return Routing(ids, scores.gather(-1, ids), scores)
 
     monkeypatch.setattr(layer, "route", drawn)
-    found = verdicts("random")
-    assert found[DOMAINS] == "FAIL"
-    assert found[TOP] == "FAIL"
+    assert verdicts("random")[TOP] == "FAIL"
+
+
+def test_domains_that_are_none_fail(verdicts, monkeypatch):
+    """Where every domain is the same text, no expert is specialised in one."""
+    monkeypatch.setattr(Tokens, "of_domain", lambda self, domain: self)
+    assert verdicts("mixed")[DOMAINS] == "FAIL"
 
 
 def test_a_balance_loss_of_weight_zero_fails(verdicts, monkeypatch):
