@@ -97,6 +97,15 @@ def test_of_rows_every_so_manieth_is_held_out(tmp_path):
     assert len(list(documents(config, "train"))) == 8
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_the_share_of_rows_is_a_share(tmp_path, share):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"text": "text {number}"}}\n' for number in range(100)))
+    config = CorpusConfig(data=str(file), dev_share=share)
+    assert len(list(documents(config, "dev"))) == pytest.approx(100 * share, abs=1)
+    assert len(list(documents(config, "train"))) == pytest.approx(100 * (1 - share), abs=1)
+
+
 def test_texts_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         list(documents(CorpusConfig(data=str(tmp_path / "none.jsonl")), "train"))

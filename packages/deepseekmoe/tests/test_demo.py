@@ -1,6 +1,8 @@
 """The embedded default shows the direction of the paper's claims, and can fail to."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 from deepseekmoe.demo import GIVEN, PROFILES, Profile, judge
@@ -76,3 +78,16 @@ def test_own_texts_and_resume(command, texts, tmp_path, monkeypatch):
     code, _, err = command("demo", "--data", tmp_path / "none", "--out", tmp_path / "x")
     assert code == 2
     assert err.count("\n") == 1
+
+
+def test_a_finished_demo_is_collected(command, texts, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setitem(PROFILES, "quick", Profile(4, ("gshard",), 4000, rows=2))
+    out = tmp_path / "demo"
+    command("demo", "--data", texts, "--seeds", "1,2", "--out", out, "--device", "cpu", "--quiet")
+    name, result = importlib.import_module("bench_demo").collect(out)
+    assert name == "demo-texts"
+    assert result["command"] == "deepseekmoe demo --profile quick --seeds 1,2 --data DIR"
+    each = [json.loads((out / f"seed-{seed}.json").read_text()) for seed in (1, 2)]
+    losses = [one["tables"]["models"][0]["loss"] for one in each]
+    assert result["models"][0]["loss"] == pytest.approx(sum(losses) / 2)

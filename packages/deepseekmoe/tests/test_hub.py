@@ -138,6 +138,9 @@ def test_no_config_and_a_torn_file_are_told(released, tmp_path):
     with pytest.raises(ModelError, match=r"no config.json"):
         hub.load(tmp_path / "empty")
     folder = released()
+    (tmp_path / "empty" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ModelError, match=r"holds no weights"):
+        hub.check_folder(tmp_path / "empty")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:100])
     with pytest.raises(ModelError, match=r"model.safetensors: cannot be read"):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepseekmoe.architecture import DeepseekMoeConfig
 from deepseekmoe.balance import expert_balance_loss
 from deepseekmoe.layer import DeepseekMoeLayer, intervene, moe_layers, record_routing
 from octavo.errors import ConfigError
@@ -135,6 +136,20 @@ def test_hash_layers_need_tokens(small):
     out = layer(states(), token_ids=tokens)
     assert out.counts.sum() == 10
     assert not hasattr(layer.gate, "weight")
+
+
+def test_a_layer_of_its_own_is_ready_to_train():
+    layer = DeepseekMoeLayer(DeepseekMoeConfig.preset("tiny"))
+    assert float(layer.gate.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert float(layer.experts.down_proj.detach().std()) == pytest.approx(0.02, rel=0.1)
+    out = layer(torch.randn(2, 5, 64))
+    assert out.hidden.isfinite().all()
+
+
+def test_capacity_drops_nothing_behind_training(small):
+    full, tight = make(small()).eval(), make(small(capacity_factor=0.3)).eval()
+    x = states()
+    assert full(x).hidden.equal(tight(x).hidden)
 
 
 def test_capacity_drops_tokens(small):

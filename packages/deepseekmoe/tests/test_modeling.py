@@ -92,6 +92,23 @@ def test_accumulated_batches_equal_one(small):
     assert_same(whole, gradients(model))
 
 
+def test_unequal_halves_weigh_as_the_whole(small):
+    """A half with few labels has as many sequences, and as large a share of the balance loss."""
+    model = make(small(aux_loss_alpha=0.5)).train()
+    ids, labels = tokens(rows=4), tokens(rows=4)
+    labels[:2, 3:] = -100
+    count = int((labels[:, 1:] != -100).sum())
+    model(input_ids=ids, labels=labels).loss.backward()
+    whole = gradients(model)
+    model.zero_grad()
+    for part in (slice(0, 2), slice(2, 4)):
+        out = model(
+            input_ids=ids[part], labels=labels[part], num_items_in_batch=count, num_rows_in_batch=4
+        )
+        out.loss.backward()
+    assert_same(whole, gradients(model))
+
+
 def test_recomputing_layers_changes_nothing(small):
     model = make(small(aux_loss_alpha=0.5, first_k_dense_replace=0)).train()
     ids = tokens()
@@ -190,6 +207,11 @@ def test_hidden_states_and_attentions_are_given_on_request(small):
         ({"capacity_factor": 0.0}, "capacity_factor 0"),
         ({"aux_loss_alpha": -1.0}, "negative"),
         ({"n_hash_layers": 3}, "n_hash_layers 3 of 2 layers"),
+        ({"n_devices": 0}, "n_devices 0: must be 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq 0"),
+        ({"n_routed_experts": -8}, "n_routed_experts -8"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
     ],
 )
 def test_impossible_configurations_are_refused(small, changes, words):
@@ -202,6 +224,8 @@ def test_unknown_presets_and_baselines_are_refused(small):
         DeepseekMoeConfig.preset("13b")
     with pytest.raises(ConfigError, match="no baseline 'mixtral'"):
         small().baseline("mixtral")
+    with pytest.raises(ConfigError, match="first dense layer's width"):
+        DeepseekMoeConfig.preset("16b").baseline("gshard")
 
 
 @pytest.mark.parametrize("name", ["dense", "dense-x4", "hash", "switch", "gshard", "gshard-x1.5"])

@@ -110,6 +110,22 @@ def test_capacity_drops_the_weakest_gates():
     assert limit_capacity(route(logits, 1), 2.0).ids.flatten().tolist() == [0, 0, 0, 1]
 
 
+def test_padding_takes_no_capacity():
+    logits = torch.tensor([[9.0, 0.0], [3.0, 0.0], [2.0, 0.0], [0.0, 1.0], [9.0, 0.0]])
+    mask = torch.tensor([False, True, True, True, False])
+    routing = limit_capacity(route(logits, 1), 1.0, mask)  # 3 slots, 2 experts: 2 each
+    assert routing.ids.flatten().tolist() == [2, 0, 0, 1, 2]
+    assert routing.weights[[0, 4]].tolist() == [[0.0], [0.0]]
+
+
+def test_scores_keep_the_precision_of_the_logits_until_they_are_chosen():
+    logits = torch.randn(2000, 64).to(torch.bfloat16)
+    mimic, exact = route(logits, 6), route(logits.float(), 6)
+    assert mimic.scores.dtype == torch.float32
+    assert mimic.scores.equal(logits.softmax(-1).float())
+    assert not mimic.scores.equal(exact.scores)
+
+
 def test_padding_and_dropped_slots_are_not_counted():
     ids = torch.tensor([[0, 1], [1, 4], [2, 3]])
     assert count_experts(ids, 4).tolist() == [1, 2, 1, 1]

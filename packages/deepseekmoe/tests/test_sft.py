@@ -77,14 +77,15 @@ def test_the_models_own_balance_loss_stays_on(trained, chats, tmp_path, monkeypa
 def test_a_stopped_run_goes_on_to_the_same_weights(
     command, trained, chats, tmp_path, monkeypatch, experts
 ):
-    import deepseekmoe.optimize as training
+    from deepseekmoe import checkpoints
+    from deepseekmoe import optimize as training
 
     more = ["--epochs", "2", "--save-every", "3"]
     if experts:
         Selection({0: [1, 4], 1: [0]}).save(tmp_path / "experts.json")
         more += ["--experts", tmp_path / "experts.json"]
     run_sft(command, trained / "model", chats, tmp_path / "whole", *more)
-    real = training.save_checkpoint
+    real = checkpoints.save_checkpoint
 
     def stop(folder, step, *rest):
         real(folder, step, *rest)

@@ -103,6 +103,7 @@ class Trace:
         counts: slots that chose each expert, [domains, layers, experts].
         gates: sums of the gates, alike.
         pairs: tokens that chose both of two experts, [layers, experts, experts].
+        layers: numbers of the traced layers in the model, from 0.
         words: slots of each token of the vocabulary, [layers, vocabulary, experts] uint32, or None.
     """
 
@@ -110,13 +111,14 @@ class Trace:
     counts: np.ndarray
     gates: np.ndarray
     pairs: np.ndarray
+    layers: list[int]
     words: np.ndarray | None = None
 
     def save(self, file: Path) -> None:
         """Write it as npz, whole or not at all."""
         arrays: dict[str, Any] = {
             "domains": np.array(self.domains), "counts": self.counts, "gates": self.gates,
-            "pairs": self.pairs,
+            "pairs": self.pairs, "layers": np.array(self.layers),
         }  # fmt: skip
         if self.words is not None:
             arrays["words"] = self.words
@@ -135,7 +137,8 @@ class Trace:
                 words = found.get("words", None)
                 return cls(
                     [str(name) for name in found["domains"]],
-                    found["counts"], found["gates"], found["pairs"], words,
+                    found["counts"], found["gates"], found["pairs"],
+                    found["layers"].tolist(), words,
                 )  # fmt: skip
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{file}: is no routing trace ({error})") from None
@@ -154,11 +157,11 @@ def trace_routing(
         batch_size: windows at a time.
         words: count by token of the vocabulary too.
     """
-    experts, layers = _routed(model), len(moe_layers(model))
+    experts, many = _routed(model), len(moe_layers(model))
     names, counts, gates = [], [], []
-    pairs = np.zeros((layers, experts, experts), dtype=np.int64)
+    pairs = np.zeros((many, experts, experts), dtype=np.int64)
     vocabulary = (
-        np.zeros((layers, model.config.vocab_size, experts), dtype=np.uint32) if words else None
+        np.zeros((many, model.config.vocab_size, experts), dtype=np.uint32) if words else None
     )
     device = next(model.parameters()).device
     for domain in dict.fromkeys(tokens.domains):
@@ -166,8 +169,8 @@ def trace_routing(
         if len(part) < length:
             continue
         windows = Windows(part, length)
-        here = np.zeros((layers, experts), dtype=np.int64)
-        weight = np.zeros((layers, experts))
+        here = np.zeros((many, experts), dtype=np.int64)
+        weight = np.zeros((many, experts))
         with console.counter(f"tracing {domain}", len(windows), "windows") as advance:
             for begin in range(0, len(windows), batch_size):
                 rows = windows.rows(range(begin, min(len(windows), begin + batch_size)))
@@ -191,7 +194,8 @@ def trace_routing(
         gates.append(weight)
     if not names:
         raise DataError(f"no domain fills a window of {length} tokens")
-    return Trace(names, np.stack(counts), np.stack(gates), pairs, vocabulary)
+    layers = [layer.gate.layer for layer in moe_layers(model)]
+    return Trace(names, np.stack(counts), np.stack(gates), pairs, layers, vocabulary)
 
 
 def specialization(trace: Trace) -> list[Row]:
@@ -213,7 +217,7 @@ def specialization(trace: Trace) -> list[Row]:
             for i in range(len(here))
             for j in range(i)
         ]  # fmt: skip
-        row: Row = {"layer": layer, "JS divergence (bits)": float(np.mean(pairs))}
+        row: Row = {"layer": trace.layers[layer], "JS divergence (bits)": float(np.mean(pairs))}
         for name, share in zip(trace.domains, here, strict=True):
             row[f"{name}, best 4 %"] = 100 * float(np.sort(share)[-4:].sum())
         rows.append(row)
@@ -254,7 +258,7 @@ def coactivation(trace: Trace, most: int = 8) -> list[Row]:
             first, second = int(ones[place]), int(twos[place])
             rows.append(
                 {
-                    "layer": layer,
+                    "layer": trace.layers[layer],
                     "experts": f"{first} + {second}",
                     "tokens": int(pairs[first, second]),
                     "lift": float(lift[first, second]),
@@ -275,7 +279,7 @@ def vocabulary_specialization(trace: Trace, decode: Any, most: int = 5) -> list[
         ConfigError: the trace does not count words.
     """
     if trace.words is None:
-        raise ConfigError("this trace counts no words: record it with --words")
+        raise ConfigError("this trace counts no words: record it with words=True")
     rows = []
     for layer, words in enumerate(trace.words):
         seen = words.sum(axis=1, dtype=np.int64)
@@ -285,7 +289,9 @@ def vocabulary_specialization(trace: Trace, decode: Any, most: int = 5) -> list[
         for expert in range(words.shape[1]):
             best = np.argsort(share[:, expert])[::-1][:most] if len(enough) else []
             named = [f"{decode(int(enough[i]))!r} {100 * share[i, expert]:.0f} %" for i in best]
-            rows.append({"layer": layer, "expert": expert, "tokens": ", ".join(named)})
+            rows.append(
+                {"layer": trace.layers[layer], "expert": expert, "tokens": ", ".join(named)}
+            )
     return rows
 
 
@@ -308,11 +314,13 @@ def saturation(
     if _routed(earlier) != _routed(later) or len(moe_layers(earlier)) != len(moe_layers(later)):
         raise ConfigError("the two models have other layers or experts: compare one training's")
     windows = Windows(tokens, length)
+    device = next(later.parameters()).device
     same = np.zeros(len(moe_layers(later)))
     total = 0
     for begin in range(0, len(windows), batch_size):
         rows = windows.rows(range(begin, min(len(windows), begin + batch_size)))
         rows.pop("labels")
+        rows = {name: value.to(device) for name, value in rows.items()}
         with record_routing(earlier) as first, record_routing(later) as second:
             earlier(**rows)
             later(**rows)
@@ -321,8 +329,8 @@ def saturation(
             same[layer] += float(both.double().mean(dim=-1).sum())
         total += rows["input_ids"].numel()
     return [
-        {"layer": layer, "saturation %": 100 * value / max(1, total)}
-        for layer, value in enumerate(same)
+        {"layer": layer.gate.layer, "saturation %": 100 * value / max(1, total)}
+        for layer, value in zip(moe_layers(later), same, strict=True)
     ]
 
 

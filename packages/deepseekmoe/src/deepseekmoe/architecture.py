@@ -139,6 +139,11 @@ class DeepseekMoeConfig(PreTrainedConfig):
         kwargs.pop("auto_map", None)  # names files of the released repository; none is needed here
         super().__post_init__(**kwargs)
         if self.head_dim is None:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                    f"{self.num_attention_heads}"
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.check()
 
@@ -165,6 +170,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
         """
         if name not in BASELINES:
             raise ConfigError(f"no baseline {name!r}; there are {', '.join(BASELINES)}")
+        self.check_standard()
         kind = BASELINES[name]
         new = {
             "n_shared_experts": kind["shared"],
@@ -182,6 +188,18 @@ class DeepseekMoeConfig(PreTrainedConfig):
         for key in ("transformers_version", "model_type", "architectures"):
             known.pop(key, None)
         return type(self)(**(known | new | changes))
+
+    def check_standard(self) -> None:
+        """Refuse to compare budgets where `intermediate_size` is not the standard FFN's width H.
+
+        Raises:
+            ConfigError: the first layers are dense, and that is their width.
+        """
+        if self.first_k_dense_replace:
+            raise ConfigError(
+                "baselines and --granularity are of models with experts in every layer, such as the "
+                "presets 2b and tiny: here intermediate_size is the first dense layer's width"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written: what serves the released model reads it too."""
@@ -211,12 +229,16 @@ class DeepseekMoeConfig(PreTrainedConfig):
         Raises:
             ConfigError: a number does not fit the others.
         """
+        for name in ("num_hidden_layers", "num_attention_heads", "moe_layer_freq", "n_devices",
+                     "hidden_size", "moe_intermediate_size"):  # fmt: skip
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be 1 or more")
+        for name in ("n_routed_experts", "num_experts_per_tok", "n_shared_experts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be 0 or more")
         routed, active = self.n_routed_experts or 0, self.num_experts_per_tok or 0
         groups, kept = self.n_group or 1, self.topk_group or 1
         for wrong, what in (
-            (self.hidden_size % self.num_attention_heads and self.head_dim is None,
-             f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
-             f"{self.num_attention_heads}"),
             (active > routed,
              f"num_experts_per_tok {active} of n_routed_experts {routed}: choose fewer"),
             (routed and not active, "num_experts_per_tok 0: a routed expert is never used; set it "

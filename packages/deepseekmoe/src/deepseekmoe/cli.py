@@ -222,7 +222,7 @@ def saturation(
     runtime.start()
     loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
     before, _ = load(earlier, tokenizer=False)
-    before.to(runtime.torch_device())  # pyright: ignore[reportArgumentType]
+    before.to(runtime.torch_device(), runtime.torch_dtype())  # pyright: ignore
     return Outcome(
         {"Router saturation": compared(before, loaded, tokens, length, config.batch_size)}
     )

@@ -64,10 +64,9 @@ def documents(config: CorpusConfig, part: Part) -> Iterator[Document]:
             if piece.strip():
                 yield Document(file.stem, piece)
         return
-    every = round(1 / share) if share else 0
     rows = iter_rows(config.data, {"text": str}, config.split, rename={"text": config.text_column})
     for number, row in enumerate(rows, 1):
-        held_out = bool(every) and number % every == 0
+        held_out = int(number * share) > int((number - 1) * share)
         if held_out == (part == "dev") and row["text"].strip():
             yield Document("text", row["text"])
 

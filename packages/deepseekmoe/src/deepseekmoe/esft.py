@@ -80,16 +80,13 @@ def relevance(trace: Trace, score: Score) -> Float[np.ndarray, "layers experts"]
     return amounts / amounts.sum(axis=-1, keepdims=True)
 
 
-def select_experts(
-    trace: Trace, score: Score = "token", p: float = 0.2, layers: list[int] | None = None
-) -> Selection:
+def select_experts(trace: Trace, score: Score = "token", p: float = 0.2) -> Selection:
     """In each layer the fewest experts whose relevance adds up to p or more.
 
     Args:
         trace: of the task's data, as `trace_routing` gives it.
         score: see `relevance`. ESFT uses p = 0.2 with "token" and 0.1 with "gate".
         p: share from above 0 to 1.
-        layers: numbers of the traced layers in the model (`config.moe_layers`); by default from 0.
 
     Raises:
         ConfigError: p is out of range.
@@ -101,7 +98,7 @@ def select_experts(
         order = np.argsort(-shares, kind="stable")
         reached = np.cumsum(shares[order]) >= p - 1e-9
         many = int(np.argmax(reached)) + 1 if reached.any() else len(order)
-        chosen[layers[place] if layers else place] = sorted(order[:many].tolist())
+        chosen[trace.layers[place]] = sorted(order[:many].tolist())
     return Selection(chosen)
 
 

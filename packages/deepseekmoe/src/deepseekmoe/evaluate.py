@@ -44,7 +44,8 @@ def evaluate_lm(model: Any, tokens: Tokens, length: int, batch_size: int = 16) -
         torch.distributed.all_reduce(sums)
         total, count = sums.tolist()
     loss = total / max(1, count)
-    bytes_a_token = float(tokens.text_bytes.sum()) / max(1, len(tokens))
+    # a document's first token is never predicted, and stands for no byte
+    bytes_a_token = float(tokens.text_bytes.sum()) / max(1, len(tokens) - len(tokens.starts))
     return {
         "loss": loss,
         "ppl": math.exp(min(loss, 700)),

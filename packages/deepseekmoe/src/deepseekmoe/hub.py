@@ -189,8 +189,9 @@ def check_folder(folder: Path) -> DeepseekMoeConfig:
         )
     config = DeepseekMoeConfig.from_pretrained(folder)
     files = sorted(folder.glob("*.safetensors"))
-    if files:
-        check_tensors(_headers(files), config, folder)
+    if not files:
+        raise ModelError(f"{folder}: holds no weights (*.safetensors); download them too")
+    check_tensors(_headers(files), config, folder)
     return config
 
 

@@ -97,6 +97,7 @@ class DeepseekMoeGate(nn.Module):
             self.groups = Groups(config.n_group or 1, config.topk_group or 1, by)
         if not self.by_hash:
             self.weight = nn.Parameter(torch.empty(self.experts, config.hidden_size))
+            nn.init.normal_(self.weight, std=config.initializer_range)
         if config.bias_update_rate or config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(self.experts))
 
@@ -187,6 +188,8 @@ class DeepseekMoeLayer(nn.Module):
         if config.n_routed_experts:
             self.gate = DeepseekMoeGate(config, layer)
             self.experts = ExpertBank(config.n_routed_experts, width, hidden)
+            for weight in self.experts.parameters():
+                nn.init.normal_(weight, std=config.initializer_range)
         if config.n_shared_experts:  # as one network: the sum of SwiGLUs is a wider SwiGLU
             self.shared_experts = DeepseekMoeMLP(
                 width, config.n_shared_experts * hidden, config.mlp_bias
@@ -220,8 +223,8 @@ class DeepseekMoeLayer(nn.Module):
             if self.training:
                 losses = self._losses(routing, logits, mask, batch, seq)
             counts = count_experts(routing.ids, len(counts), mask)
-            if self.config.capacity_factor is not None:
-                routing = limit_capacity(routing, self.config.capacity_factor)
+            if self.config.capacity_factor is not None and self.training:
+                routing = limit_capacity(routing, self.config.capacity_factor, mask)
             hidden = hidden + self.experts(flat, routing, self.config.experts_backend)
         return LayerOutput(hidden.view(batch, seq, width), losses, counts)
 

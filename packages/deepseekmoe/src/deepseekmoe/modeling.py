@@ -265,6 +265,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        num_rows_in_batch: int | None = None,
         **kwargs: Any,
     ) -> DeepseekMoeOutput:
         """Predict the next token of each, and the losses where `labels` are given.
@@ -279,8 +280,9 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             use_cache: make a cache where none is given.
             logits_to_keep: of the last so many tokens only; 0 for all.
             num_items_in_batch: predicted tokens of the whole batch that gradients are accumulated
-                over; the loss is then this part's share of the batch's loss, and so are the balance
-                losses (weighted by the part's tokens).
+                over; the loss is then this part's share of the batch's loss.
+            num_rows_in_batch: rows of the whole batch; the balance losses then weigh by this part's
+                share of them, which statistics of each sequence ask for; else by its predicted tokens.
             **kwargs: `token_mask` of the decoder; the rest goes to the attention implementation.
         """
         out = self.model(
@@ -305,6 +307,8 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
                 share = 1.0
                 if num_items_in_batch is not None:
                     share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                if num_rows_in_batch is not None:
+                    share = len(labels) / num_rows_in_batch
                 loss = lm_loss + share * self.balance_loss(out.balance).to(lm_loss.device)
         return DeepseekMoeOutput(
             loss=loss,

@@ -120,6 +120,10 @@ def optimize(
         ModelError: the loss became NaN or infinite; the first layer that did so is named.
     """
     check_options(config)
+    if runtime.torch_dtype() == torch.float16:
+        raise ConfigError(
+            "--dtype float16: gradients would underflow; train in bfloat16 or float32"
+        )
     device = runtime.torch_device()
     precision = _autocast(device, runtime.torch_dtype())
     spread(model, config, device)
@@ -139,11 +143,14 @@ def optimize(
                 group["lr"] = rate
             parts = [batches(step, micro, rank()) for micro in range(config.accumulate)]
             predicted = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
-            predicted = int(_summed(torch.tensor(predicted)))
+            rows = sum(len(part["labels"]) for part in parts)
+            predicted, rows = _summed(torch.tensor([predicted, rows])).tolist()
             for part in parts:
                 part = {key: value.to(device) for key, value in part.items()}
                 with precision():
-                    out = model(**part, num_items_in_batch=max(1, predicted))
+                    out = model(
+                        **part, num_items_in_batch=max(1, predicted), num_rows_in_batch=rows
+                    )
                 out.loss.backward()
                 meter.add(out, part)
             sum_gradients(model)

@@ -60,8 +60,8 @@ def make_config(choice: ModelConfig, tokenizer: Any, length: int) -> DeepseekMoe
         "n_shared_experts": choice.shared_experts,
         "n_routed_experts": choice.routed_experts,
         "num_experts_per_tok": choice.active_experts,
-        "aux_loss_alpha": 0.0 if choice.balance != "loss" else choice.aux_alpha,
-        "device_loss_alpha": choice.device_alpha,
+        "aux_loss_alpha": _alpha(choice, choice.aux_alpha),
+        "device_loss_alpha": _alpha(choice, choice.device_alpha),
         "n_devices": choice.devices,
         "bias_update_rate": choice.bias_rate if choice.balance == "bias" else None,
         "experts_backend": choice.backend,
@@ -94,12 +94,18 @@ def make_config(choice: ModelConfig, tokenizer: Any, length: int) -> DeepseekMoe
     }
     config = DeepseekMoeConfig.preset(choice.preset, **changes)
     if choice.granularity is not None:
+        config.check_standard()
         config.moe_intermediate_size = round(config.intermediate_size / choice.granularity)
     if choice.baseline != "deepseekmoe":
         config = config.baseline(choice.baseline)
     if config.max_position_embeddings < length:
         config.max_position_embeddings = length
     return config
+
+
+def _alpha(choice: ModelConfig, given: float | None) -> float | None:
+    """A loss's alpha: what is given, else none without --balance loss, else the preset's."""
+    return 0.0 if given is None and choice.balance != "loss" else given
 
 
 def make_model(config: DeepseekMoeConfig, runtime: Runtime) -> "DeepseekMoeForCausalLM":

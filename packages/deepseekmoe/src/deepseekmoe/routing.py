@@ -76,7 +76,6 @@ def route(
             + (f" with {disable_top} disabled" if disable_top else "")
             + ": choose fewer"
         )
-    logits = logits.float()
     scores = logits.softmax(dim=-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores.detach() if bias is None else scores.detach() + bias
     if groups is not None:
@@ -88,7 +87,7 @@ def route(
     weights = scores.gather(-1, ids)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    return Routing(ids, weights * scale, scores)
+    return Routing(ids, weights.float() * scale, scores.float())
 
 
 def _in_best_groups(
@@ -131,18 +130,26 @@ def hash_route(
     return Routing(ids, weights, scores)
 
 
-def limit_capacity(routing: Routing, factor: float) -> Routing:
+def limit_capacity(
+    routing: Routing, factor: float, mask: Bool[Tensor, " tokens"] | None = None
+) -> Routing:
     """Drop what exceeds an expert's capacity, the weakest gates first.
+
+    For training alone: whether a token is dropped depends on those behind it too.
 
     Args:
         routing: of T tokens.
         factor: an expert takes at most ceil(factor * T * K / E) slots.
+        mask: which tokens are real; others take no capacity, and are dropped.
 
     Returns:
         The routing with dropped slots' ids set to E and their gates to 0.
     """
     tokens, slots = routing.ids.shape
     experts = routing.scores.shape[-1]
+    if mask is not None:
+        tokens = int(mask.sum())
+        routing = routing._replace(ids=routing.ids.masked_fill(~mask[:, None], experts))
     capacity = -int(-factor * tokens * slots // experts)
     ids, weights = routing.ids.flatten(), routing.weights.flatten()
     order = torch.sort(weights.detach(), descending=True, stable=True).indices
@@ -151,7 +158,7 @@ def limit_capacity(routing: Routing, factor: float) -> Routing:
     starts[1:] = count_experts(routing.ids, experts).cumsum(0)
     place = torch.empty_like(ids)
     place[order] = torch.arange(len(ids), device=ids.device) - starts[ids[order]]
-    dropped = (place >= capacity).view(tokens, slots)
+    dropped = ((place >= capacity) | (ids == experts)).view_as(routing.ids)
     return Routing(
         routing.ids.masked_fill(dropped, experts),
         routing.weights.masked_fill(dropped, 0.0),

@@ -162,7 +162,7 @@ def select_for_task(
         total += len(chosen[-1])
     room = length or min(LONGEST, model.config.max_position_embeddings)
     trace = trace_routing(model, as_tokens(chosen), min(room, total), batch_size)
-    selection = select_experts(trace, score, p, model.config.moe_layers)
+    selection = select_experts(trace, score, p)
     return selection, int(model.config.n_routed_experts or 0)
 
 
