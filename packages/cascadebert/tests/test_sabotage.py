@@ -46,6 +46,14 @@ def verdicts(folder, profile=TINY):
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def untimed():
+    """No claim here is about the clock: nothing is run for its sake."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_clock", lambda work: 1.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
     """A small experiment as it should be; two kinds of sabotage measure its models anew."""

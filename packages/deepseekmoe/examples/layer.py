@@ -28,7 +28,7 @@ def main(steps: int = 60) -> float:
         if step >= steps // 2:
             load += out.counts
     uneven = float(max_violation(load))
-    print(f"loss {float(loss):.3f}, MaxVio {uneven:.2f}, load {load.tolist()}")  # noqa: T201
+    print(f"loss {loss.item():.3f}, MaxVio {uneven:.2f}, load {load.tolist()}")  # noqa: T201
     return uneven
 
 
