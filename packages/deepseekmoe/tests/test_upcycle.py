@@ -186,6 +186,7 @@ def test_what_is_no_dense_llama_is_refused(command, trained, tmp_path, small):
         upcycle(llama(hidden_act="gelu"))
     from deepseekmoe.modeling import DeepseekMoeForCausalLM
 
-    mixed = DeepseekMoeForCausalLM(small().baseline("dense", moe_intermediate_size=48))
+    shapes = {"n_routed_experts": 0, "num_experts_per_tok": 0, "n_shared_experts": 1}
+    mixed = DeepseekMoeForCausalLM(small(**shapes, moe_intermediate_size=48))
     with pytest.raises(ModelError, match="several widths: 48, 64"):
         upcycle(mixed)
