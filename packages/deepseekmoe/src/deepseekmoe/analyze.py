@@ -219,7 +219,7 @@ def specialization(trace: Trace) -> list[Row]:
         ]  # fmt: skip
         row: Row = {"layer": trace.layers[layer], "JS divergence (bits)": float(np.mean(pairs))}
         for name, share in zip(trace.domains, here, strict=True):
-            row[f"{name}, best 4 %"] = 100 * float(np.sort(share)[-4:].sum())
+            row[f"{name}: 4 favourites %"] = 100 * float(np.sort(share)[-4:].sum())
         rows.append(row)
     return rows
 

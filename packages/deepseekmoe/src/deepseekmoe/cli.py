@@ -9,6 +9,7 @@ from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
 from octavo.runtime import Runtime
 
+from deepseekmoe.analyses import alone, analyze, model_and_tokens
 from deepseekmoe.config import (
     CorpusConfig,
     EvaluateConfig,
@@ -76,156 +77,12 @@ def evaluate(
     from deepseekmoe.evaluate import evaluate_domains
 
     runtime.start()
-    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
+    loaded, tokens, length = model_and_tokens(model, corpus, config, runtime)
     rows: Any = evaluate_domains(loaded, tokens, length, config.batch_size)
     return Outcome({f"Windows of {length} tokens": rows})
 
 
-analyze = make_app("analyze", "The paper's analyses of a trained model on held-out texts.")
-analyze.version_flags = ()
 app.command(analyze)
-
-
-@analyze.command(name="disable-top")
-def disable_top(
-    model: str,
-    corpus: Flat[CorpusConfig],
-    config: Flat[EvaluateConfig] = EvaluateConfig(),
-    runtime: Flat[Runtime] = Runtime(),
-) -> Outcome:
-    """Loss when each token's most probable experts are masked (figure 4).
-
-    Args:
-        model: Folder or hub id.
-    """
-    from deepseekmoe.analyze import disable_top as analyse
-
-    return _analysed(analyse, "Without the best experts", model, corpus, config, runtime)
-
-
-@analyze.command(name="swap-shared")
-def swap_shared(
-    model: str,
-    corpus: Flat[CorpusConfig],
-    config: Flat[EvaluateConfig] = EvaluateConfig(),
-    runtime: Flat[Runtime] = Runtime(),
-) -> Outcome:
-    """Loss when routed experts stand in for the shared ones (section 4.5).
-
-    Args:
-        model: Folder or hub id.
-    """
-    from deepseekmoe.analyze import swap_shared as analyse
-
-    return _analysed(analyse, "The shared experts swapped", model, corpus, config, runtime)
-
-
-@analyze.command
-def active(
-    model: str,
-    corpus: Flat[CorpusConfig],
-    config: Flat[EvaluateConfig] = EvaluateConfig(),
-    runtime: Flat[Runtime] = Runtime(),
-) -> Outcome:
-    """Loss with fewer routed experts a token than were trained (figure 5).
-
-    Args:
-        model: Folder or hub id.
-    """
-    from deepseekmoe.analyze import sweep_active
-
-    return _analysed(sweep_active, "Fewer routed experts a token", model, corpus, config, runtime)
-
-
-@analyze.command(name="specialization")
-def specialise(
-    model: str,
-    corpus: Flat[CorpusConfig],
-    config: Flat[EvaluateConfig] = EvaluateConfig(),
-    runtime: Flat[Runtime] = Runtime(),
-) -> Outcome:
-    """How unlike the domains' expert loads are: a .txt file of the folder is a domain.
-
-    Args:
-        model: Folder or hub id.
-    """
-    from deepseekmoe.analyze import specialization, trace_routing
-
-    runtime.start()
-    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
-    rows = specialization(trace_routing(loaded, tokens, length, config.batch_size))
-    return Outcome({"Divergence between domains": rows})
-
-
-@analyze.command
-def coactivation(
-    model: str,
-    corpus: Flat[CorpusConfig],
-    config: Flat[EvaluateConfig] = EvaluateConfig(),
-    runtime: Flat[Runtime] = Runtime(),
-) -> Outcome:
-    """Which experts a token chooses together more often than by chance.
-
-    Args:
-        model: Folder or hub id.
-    """
-    from deepseekmoe.analyze import coactivation as pairs_of
-    from deepseekmoe.analyze import trace_routing
-
-    runtime.start()
-    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
-    rows = pairs_of(trace_routing(loaded, tokens, length, config.batch_size))
-    return Outcome({"Experts chosen together": rows})
-
-
-@analyze.command
-def vocabulary(
-    model: str,
-    corpus: Flat[CorpusConfig],
-    config: Flat[EvaluateConfig] = EvaluateConfig(),
-    runtime: Flat[Runtime] = Runtime(),
-) -> Outcome:
-    """Which tokens each expert takes the largest share of.
-
-    Args:
-        model: Folder or hub id.
-    """
-    from octavo.models import load_tokenizer
-
-    from deepseekmoe.analyze import trace_routing, vocabulary_specialization
-
-    runtime.start()
-    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
-    trace = trace_routing(loaded, tokens, length, config.batch_size, words=True)
-    tokenizer = load_tokenizer(model)
-    rows = vocabulary_specialization(trace, lambda number: tokenizer.decode([number]))
-    return Outcome({"Tokens of each expert": rows})
-
-
-@analyze.command
-def saturation(
-    model: str,
-    earlier: str,
-    corpus: Flat[CorpusConfig],
-    config: Flat[EvaluateConfig] = EvaluateConfig(),
-    runtime: Flat[Runtime] = Runtime(),
-) -> Outcome:
-    """Which share of its final experts a token had chosen at an earlier checkpoint already.
-
-    Args:
-        model: Folder or hub id of the later model.
-        earlier: Folder or hub id of an earlier checkpoint of the same training.
-    """
-    from deepseekmoe.analyze import saturation as compared
-    from deepseekmoe.hub import load
-
-    runtime.start()
-    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
-    before, _ = load(earlier, tokenizer=False)
-    before.to(runtime.torch_device(), runtime.torch_dtype())  # pyright: ignore
-    return Outcome(
-        {"Router saturation": compared(before, loaded, tokens, length, config.batch_size)}
-    )
 
 
 @app.command
@@ -251,7 +108,7 @@ def ablate(
     from deepseekmoe.ablate import SUITES, mean_rows, train_cells
     from deepseekmoe.pretrain import open_corpus
 
-    _alone()
+    alone()
     runtime.start()
     if not corpus.dev_share:
         raise ConfigError("--dev-share 0: models are compared on held-out text; hold some out")
@@ -286,7 +143,7 @@ def sft(
 
     from deepseekmoe.sft import finetune
 
-    _alone()
+    alone()
     runtime.start()
     options = options_of({"model": model}, config, runtime)
     with RunDir.open(config.out, options, config.overwrite) as opened:
@@ -346,7 +203,7 @@ def esft_select(
     from deepseekmoe.sft import select_for_task
 
     refuse_existing(out, overwrite)
-    _alone()
+    alone()
     runtime.start()
     selection, experts = select_for_task(
         model, data, split, score, p, sample, length, batch_size, runtime
@@ -556,49 +413,7 @@ def demo(
     """
     from deepseekmoe.demo import run_demo
 
-    _alone()
+    alone()
     runtime = replace(runtime, threads=runtime.threads or 1)
     runtime.start()
     return run_demo(profile, seeds, out, overwrite, runtime, data)
-
-
-def _alone() -> None:
-    """Refuse to be one of several processes."""
-    from octavo.errors import ConfigError
-    from octavo.runtime import world_size
-
-    if world_size() > 1:
-        raise ConfigError("only `train` runs under torchrun; start this command alone")
-
-
-def _model_and_tokens(
-    model: str, corpus: CorpusConfig, config: EvaluateConfig, runtime: Runtime
-) -> tuple[Any, Any, int]:
-    """A model on its device, the held-out part of texts in its tokens, and a window's length."""
-    import tempfile
-
-    from octavo.errors import ConfigError
-
-    from deepseekmoe.corpus import documents, tokenize
-    from deepseekmoe.hub import load
-
-    _alone()
-    if config.batch_size < 1:
-        raise ConfigError(f"--batch-size {config.batch_size}: must be 1 or more")
-    loaded, tokenizer = load(model)
-    loaded.to(runtime.torch_device(), runtime.torch_dtype())  # pyright: ignore
-    length = config.length or min(512, loaded.config.max_position_embeddings)
-    part = "dev" if corpus.dev_share else "train"
-    with tempfile.TemporaryDirectory() as place:
-        tokens = tokenize(documents(corpus, part), tokenizer, Path(place) / "tokens")  # pyright: ignore
-        return loaded, replace(tokens, values=tokens.values[:].copy()), length
-
-
-def _analysed(
-    analyse: Any, title: str, model: str, corpus: CorpusConfig, config: EvaluateConfig,
-    runtime: Runtime,
-) -> Outcome:  # fmt: skip
-    """Run an analysis that takes a model, tokens and a window's length."""
-    runtime.start()
-    loaded, tokens, length = _model_and_tokens(model, corpus, config, runtime)
-    return Outcome({title: analyse(loaded, tokens, length, batch_size=config.batch_size)})

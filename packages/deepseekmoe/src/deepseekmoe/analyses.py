@@ -1,0 +1,196 @@
+"""The commands of `deepseekmoe analyze`: each loads a model and held-out texts, and shows one table."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from octavo.cli import Flat, make_app
+from octavo.console import Outcome
+from octavo.runtime import Runtime
+
+from deepseekmoe.config import CorpusConfig, EvaluateConfig
+
+analyze = make_app("analyze", "The paper's analyses of a trained model on held-out texts.")
+analyze.version_flags = ()
+
+
+@analyze.command(name="disable-top")
+def disable_top(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Loss when each token's most probable experts are masked (figure 4).
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import disable_top as analyse
+
+    return _analysed(analyse, "Without the best experts", model, corpus, config, runtime)
+
+
+@analyze.command(name="swap-shared")
+def swap_shared(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Loss when routed experts stand in for the shared ones (section 4.5).
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import swap_shared as analyse
+
+    return _analysed(analyse, "The shared experts swapped", model, corpus, config, runtime)
+
+
+@analyze.command
+def active(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Loss with fewer routed experts a token than were trained (figure 5).
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import sweep_active
+
+    return _analysed(sweep_active, "Fewer routed experts a token", model, corpus, config, runtime)
+
+
+@analyze.command(name="specialization")
+def specialise(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """How unlike the domains' expert loads are: a .txt file of the folder is a domain.
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import specialization, trace_routing
+
+    def analyse(*given: Any, **options: Any) -> Any:
+        return specialization(trace_routing(*given, **options))
+
+    return _analysed(analyse, "Divergence between domains", model, corpus, config, runtime)
+
+
+@analyze.command
+def coactivation(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Which experts a token chooses together more often than by chance.
+
+    Args:
+        model: Folder or hub id.
+    """
+    from deepseekmoe.analyze import coactivation as pairs_of
+    from deepseekmoe.analyze import trace_routing
+
+    def analyse(*given: Any, **options: Any) -> Any:
+        return pairs_of(trace_routing(*given, **options))
+
+    return _analysed(analyse, "Experts chosen together", model, corpus, config, runtime)
+
+
+@analyze.command
+def vocabulary(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Which tokens each expert takes the largest share of.
+
+    Args:
+        model: Folder or hub id.
+    """
+    from octavo.models import load_tokenizer
+
+    from deepseekmoe.analyze import trace_routing, vocabulary_specialization
+
+    def analyse(*given: Any, **options: Any) -> Any:
+        tokenizer = load_tokenizer(model)
+        trace = trace_routing(*given, **options, words=True)
+        return vocabulary_specialization(trace, lambda number: tokenizer.decode([number]))
+
+    return _analysed(analyse, "Tokens of each expert", model, corpus, config, runtime)
+
+
+@analyze.command
+def saturation(
+    model: str,
+    earlier: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Which share of its final experts a token had chosen at an earlier checkpoint already.
+
+    Args:
+        model: Folder or hub id of the later model.
+        earlier: Folder or hub id of an earlier checkpoint of the same training.
+    """
+    from deepseekmoe.analyze import saturation as compared
+    from deepseekmoe.hub import load
+
+    def analyse(loaded: Any, *given: Any, **options: Any) -> Any:
+        before, _ = load(earlier, tokenizer=False)
+        return compared(before.to(loaded.device, loaded.dtype), loaded, *given, **options)  # pyright: ignore
+
+    return _analysed(analyse, "Router saturation", model, corpus, config, runtime)
+
+
+def alone() -> None:
+    """Refuse to be one of several processes."""
+    from octavo.errors import ConfigError
+    from octavo.runtime import world_size
+
+    if world_size() > 1:
+        raise ConfigError("only `train` runs under torchrun; start this command alone")
+
+
+def model_and_tokens(
+    model: str, corpus: CorpusConfig, config: EvaluateConfig, runtime: Runtime
+) -> tuple[Any, Any, int]:
+    """A model on its device, the held-out part of texts in its tokens, and a window's length."""
+    import tempfile
+
+    from octavo.errors import ConfigError
+
+    from deepseekmoe.corpus import documents, tokenize
+    from deepseekmoe.hub import load
+
+    alone()
+    if config.batch_size < 1:
+        raise ConfigError(f"--batch-size {config.batch_size}: must be 1 or more")
+    loaded, tokenizer = load(model)
+    loaded.to(runtime.torch_device(), runtime.torch_dtype())  # pyright: ignore
+    length = config.length or min(512, loaded.config.max_position_embeddings)
+    part = "dev" if corpus.dev_share else "train"
+    with tempfile.TemporaryDirectory() as place:
+        tokens = tokenize(documents(corpus, part), tokenizer, Path(place) / "tokens")  # pyright: ignore
+        return loaded, replace(tokens, values=tokens.values[:].copy()), length
+
+
+def _analysed(
+    analyse: Any, title: str, model: str, corpus: CorpusConfig, config: EvaluateConfig,
+    runtime: Runtime,
+) -> Outcome:  # fmt: skip
+    """Run an analysis that takes a model, tokens and a window's length."""
+    runtime.start()
+    loaded, tokens, length = model_and_tokens(model, corpus, config, runtime)
+    return Outcome({title: analyse(loaded, tokens, length, batch_size=config.batch_size)})
