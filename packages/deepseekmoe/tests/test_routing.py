@@ -48,6 +48,33 @@ def test_disabled_experts_are_masked_before_selecting():
     assert found[0][1] == pytest.approx(float(LOGITS[0].softmax(-1)[1]))  # of the whole softmax
 
 
+def test_the_most_probable_are_disabled_whatever_the_bias():
+    bias = torch.zeros(4)
+    bias[int(LOGITS[0].argmin())] = 2.0  # the first choice, and the least probable
+    favoured, best = int(LOGITS[0].argmin()), int(LOGITS[0].argmax())
+    ids = set(chosen(route(LOGITS, 3, bias=bias, disable_top=1))[0])
+    assert favoured in ids and best not in ids
+
+
+@given(st.integers(0, 3), st.integers(0, 2**31))
+def test_disabled_experts_are_never_chosen_in_groups(disable_top, seed):
+    logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
+    routing = route(logits, 3, groups=Groups(4, 2), disable_top=disable_top)
+    for row, ids in zip(logits.softmax(-1), routing.ids, strict=True):
+        banned = set(row.argsort(descending=True)[:disable_top].tolist())
+        left = row.clone()
+        left[list(banned)] = -1
+        best = left.view(4, 3).max(-1).values.argsort(descending=True)[:2].tolist()
+        allowed = [3 * g + i for g, i in itertools.product(best, range(3))]
+        wanted = sorted(set(allowed) - banned, key=lambda expert: -row[expert])[:3]
+        assert set(ids.tolist()) == set(wanted)
+
+
+def test_too_few_experts_in_the_kept_groups_are_refused():
+    with pytest.raises(ConfigError, match="3 experts a token of 4 in 2 of 3 groups with 2 disabled"):
+        route(torch.zeros(1, 6), 3, groups=Groups(3, 2), disable_top=2)
+
+
 def test_groups_by_their_best_or_by_their_two_best():
     logits = torch.tensor([[5.0, -9.0, 4.0, 4.0, 0.0, 0.0]])
     assert set(chosen(route(logits, 2, groups=Groups(3, 1, "max")))[0]) == {0, 1}
@@ -74,7 +101,7 @@ def test_groups_equal_brute_force(count, kept, by, seed):
 
 
 def test_too_few_experts_are_refused():
-    with pytest.raises(ConfigError, match="3 experts a token of 4 routed ones with 2 disabled"):
+    with pytest.raises(ConfigError, match="3 experts a token of 4 with 2 disabled"):
         route(LOGITS, 3, disable_top=2)
 
 

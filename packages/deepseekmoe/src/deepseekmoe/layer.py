@@ -28,7 +28,15 @@ from deepseekmoe.balance import (
 )
 from deepseekmoe.dispatch import dispatch
 from deepseekmoe.experts import moe_forward
-from deepseekmoe.routing import Groups, Routing, count_experts, hash_route, limit_capacity, route
+from deepseekmoe.routing import (
+    Groups,
+    Routing,
+    check_selection,
+    count_experts,
+    hash_route,
+    limit_capacity,
+    route,
+)
 
 #: Losses in the order in which layers return them.
 LOSSES = ("expert", "device", "communication", "z")
@@ -272,16 +280,16 @@ def intervene(
     """Change all layers for a while: see `Intervention`. They are put back afterwards.
 
     Raises:
-        ConfigError: fewer experts remain than are to be chosen.
+        ConfigError: fewer experts remain than are to be chosen, or a hash chooses and has no best ones.
     """
     layers = moe_layers(model)
     for layer in layers:
-        top_k = active or int(layer.config.num_experts_per_tok or 0)
-        if not 1 <= top_k <= int(layer.config.n_routed_experts or 0) - disable_top:
+        if disable_top and layer.gate.by_hash:
             raise ConfigError(
-                f"{top_k} experts a token of {layer.config.n_routed_experts} with {disable_top} "
-                "disabled: choose fewer"
+                f"layer {layer.gate.layer} routes by a hash of the token: it has no best experts"
             )
+        top_k = active or int(layer.config.num_experts_per_tok or 0)
+        check_selection(layer.gate.experts, top_k, layer.gate.groups, disable_top)
     before = [layer.intervention for layer in layers]
     try:
         for layer in layers:

@@ -64,30 +64,43 @@ def route(
         bias: added to the scores for selection alone (auxiliary-loss-free balancing, 2408.15664).
         groups: select within the best groups only.
         scale: factor of the gates.
-        disable_top: mask so many of a token's best experts before selecting (the paper's Figure 4).
+        disable_top: mask so many of a token's most probable experts before selecting (the paper's
+            Figure 4); the bias makes none more probable.
 
     Raises:
         ConfigError: fewer experts remain than are to be chosen.
     """
-    experts = logits.shape[-1]
-    if not 1 <= top_k <= experts - disable_top:
-        raise ConfigError(
-            f"{top_k} experts a token of {experts} routed ones"
-            + (f" with {disable_top} disabled" if disable_top else "")
-            + ": choose fewer"
-        )
+    check_selection(logits.shape[-1], top_k, groups, disable_top)
     scores = logits.softmax(dim=-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores.detach() if bias is None else scores.detach() + bias
+    if disable_top:
+        best = scores.topk(disable_top, dim=-1).indices
+        choice = choice.scatter(-1, best, -torch.inf)
     if groups is not None:
         choice = choice.masked_fill(~_in_best_groups(choice, groups), -torch.inf)
-    if disable_top:
-        best = choice.topk(disable_top, dim=-1).indices
-        choice = choice.scatter(-1, best, -torch.inf)
     ids = choice.topk(top_k, dim=-1).indices
     weights = scores.gather(-1, ids)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
     return Routing(ids, weights.float() * scale, scores.float())
+
+
+def check_selection(
+    experts: int, top_k: int, groups: Groups | None = None, disable_top: int = 0
+) -> None:
+    """Refuse to choose more experts than a token may choose from.
+
+    Raises:
+        ConfigError: fewer experts remain than are to be chosen, wherever the disabled ones lie.
+    """
+    room = experts if groups is None else groups.kept * (experts // groups.many)
+    if 1 <= top_k <= room - disable_top:
+        return
+    within = "" if groups is None else f" in {groups.kept} of {groups.many} groups"
+    without = f" with {disable_top} disabled" if disable_top else ""
+    raise ConfigError(
+        f"{top_k} experts a token of {room}{within}{without}: choose fewer"
+    )
 
 
 def _in_best_groups(
