@@ -184,10 +184,18 @@ class DeepseekMoeConfig(PreTrainedConfig):
             "n_devices": 1,
             "device_loss_alpha": 0.0,
         }
+        return self.changed(**(new | changes))
+
+    def changed(self, **changes: Any) -> "DeepseekMoeConfig":
+        """A copy with other keys.
+
+        Raises:
+            ConfigError: a number does not fit the others.
+        """
         known = self.to_dict()
         for key in ("transformers_version", "model_type", "architectures"):
             known.pop(key, None)
-        return type(self)(**(known | new | changes))
+        return type(self)(**(known | changes))
 
     def check_standard(self) -> None:
         """Refuse to compare budgets where `intermediate_size` is not the standard FFN's width H.

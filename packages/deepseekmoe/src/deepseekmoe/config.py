@@ -32,6 +32,10 @@ class ModelConfig:
     preset: str = "tiny"
     """tiny, 2b, 16b or 145b: the paper's shapes."""
 
+    model_config: Path | None = None
+    """JSON file of any keys of DeepseekMoeConfig, such as a config.json; they stand in for the
+    preset's, and options here stand in for both."""
+
     baseline: str = "deepseekmoe"
     """Feed-forward layers at the paper's budgets: deepseekmoe, dense, dense-x4, dense-x16, hash,
     switch, gshard, gshard-x1.2 or gshard-x1.5."""

@@ -1,9 +1,12 @@
 """Pre-train a model on texts: tokenizer, packed windows, training, evaluation, one folder."""
 
+import json
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, ModelError
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, seed_everything
@@ -29,6 +32,12 @@ if TYPE_CHECKING:
     from deepseekmoe.modeling import DeepseekMoeForCausalLM
 
 
+log = logging.getLogger(__name__)
+
+#: What older releases of the library wrote into every configuration, and what it reads itself.
+OLD_KEYS = {"torch_dtype", "rope_theta", "rope_scaling", "ep_size", "use_cache", "num_experts"}
+
+
 @dataclass(frozen=True)
 class Trained:
     """A model that was pre-trained, and the held-out tokens it was not.
@@ -44,17 +53,38 @@ class Trained:
     dev: Tokens | None
 
 
-def make_config(choice: ModelConfig, tokenizer: Any, length: int) -> DeepseekMoeConfig:
+def make_config(
+    choice: ModelConfig | DeepseekMoeConfig, tokenizer: Any, length: int
+) -> DeepseekMoeConfig:
     """The configuration that the options mean.
 
     Args:
-        choice: a preset and what differs from it.
+        choice: a preset and what differs from it, or a whole configuration.
         tokenizer: gives the vocabulary and the special tokens.
         length: tokens of a sequence, which the model is made for at the least.
 
     Raises:
-        ConfigError: there is no such preset or baseline, or a number does not fit.
+        ConfigError: there is no such preset or baseline, two options contradict each other, or a
+            number does not fit.
+        ModelError: the file of keys cannot be read, or is of another family.
     """
+    words = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = (
+        choice.changed(**words) if isinstance(choice, DeepseekMoeConfig) else _chosen(choice, words)
+    )
+    if config.max_position_embeddings < length:
+        config.max_position_embeddings = length
+    return config
+
+
+def _chosen(choice: ModelConfig, words: dict[str, Any]) -> DeepseekMoeConfig:
+    """Preset, then the file's keys, then options; at last the baseline."""
+    _refuse_contradictions(choice)
     changes: dict[str, Any] = {
         "num_hidden_layers": choice.layers,
         "n_shared_experts": choice.shared_experts,
@@ -64,7 +94,7 @@ def make_config(choice: ModelConfig, tokenizer: Any, length: int) -> DeepseekMoe
         "device_loss_alpha": _alpha(choice, choice.device_alpha),
         "n_devices": choice.devices,
         "bias_update_rate": choice.bias_rate if choice.balance == "bias" else None,
-        "experts_backend": choice.backend,
+        "experts_backend": None if choice.backend == "auto" else choice.backend,
     }
     if choice.granularity is not None:
         pieces, shared = choice.granularity, choice.shared_experts or 0
@@ -86,26 +116,69 @@ def make_config(choice: ModelConfig, tokenizer: Any, length: int) -> DeepseekMoe
             "moe_intermediate_size": standard // 4, "num_attention_heads": heads,
         }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
-    changes |= {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = DeepseekMoeConfig.preset(choice.preset, **changes)
+    keys = read_keys(choice.model_config) if choice.model_config else {}
+    config = DeepseekMoeConfig.preset(choice.preset, **(keys | changes | words))
+    if config.device_loss_alpha and config.n_devices == 1:
+        raise ConfigError(
+            "--device-alpha on 1 device balances nothing: say with --devices how many there are"
+        )
     if choice.granularity is not None:
         config.check_standard()
         config.moe_intermediate_size = round(config.intermediate_size / choice.granularity)
     if choice.baseline != "deepseekmoe":
         config = config.baseline(choice.baseline)
-    if config.max_position_embeddings < length:
-        config.max_position_embeddings = length
     return config
+
+
+def _refuse_contradictions(choice: ModelConfig) -> None:
+    """Stop where one option would undo another.
+
+    Raises:
+        ConfigError: one would.
+    """
+    numbers = {
+        "--routed-experts": choice.routed_experts,
+        "--shared-experts": choice.shared_experts,
+        "--active-experts": choice.active_experts,
+        "--granularity": choice.granularity,
+    }
+    given = [name for name, value in numbers.items() if value is not None]
+    if choice.baseline != "deepseekmoe" and given:
+        raise ConfigError(
+            f"--baseline {choice.baseline} and {given[0]}: a baseline has experts of its own; leave "
+            "one of them out"
+        )
+    if choice.granularity is not None and choice.routed_experts is not None:
+        raise ConfigError(
+            "--granularity and --routed-experts: the granularity m gives 16m experts; leave one out"
+        )
 
 
 def _alpha(choice: ModelConfig, given: float | None) -> float | None:
     """A loss's alpha: what is given, else none without --balance loss, else the preset's."""
     return 0.0 if given is None and choice.balance != "loss" else given
+
+
+def read_keys(path: Path) -> dict[str, Any]:
+    """Keys of a configuration from a JSON file; those that no model knows are told of.
+
+    Raises:
+        ModelError: it is no such file, or of another family.
+    """
+    try:
+        keys = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no JSON that can be read ({error})") from None
+    if not isinstance(keys, dict):
+        raise ModelError(f"{path}: must hold an object of keys, such as a config.json")
+    if keys.pop("model_type", "deepseek") != "deepseek":
+        raise ModelError(f"{path}: is of another family; its model_type must be deepseek")
+    for name in ("architectures", "auto_map", "transformers_version"):
+        keys.pop(name, None)
+    strange = sorted(set(keys) - set(DeepseekMoeConfig().to_dict()) - OLD_KEYS)
+    if strange:
+        log.warning("%s: no model reads %s; look for misspellings", path, ", ".join(strange))
+    return keys
 
 
 def make_model(config: DeepseekMoeConfig, runtime: Runtime) -> "DeepseekMoeForCausalLM":
@@ -118,7 +191,7 @@ def make_model(config: DeepseekMoeConfig, runtime: Runtime) -> "DeepseekMoeForCa
 
 
 def pretrain(
-    choice: ModelConfig,
+    choice: ModelConfig | DeepseekMoeConfig,
     corpus: CorpusConfig,
     config: PretrainConfig,
     run: RunDir,
@@ -130,7 +203,7 @@ def pretrain(
     go on together with what this gives.
 
     Args:
-        choice: the model.
+        choice: the model: a preset and what differs from it, or a whole configuration.
         corpus: the texts.
         config: the training.
         run: the folder; what was done there before a kill is not done again.

@@ -98,9 +98,7 @@ def check_selection(
         return
     within = "" if groups is None else f" in {groups.kept} of {groups.many} groups"
     without = f" with {disable_top} disabled" if disable_top else ""
-    raise ConfigError(
-        f"{top_k} experts a token of {room}{within}{without}: choose fewer"
-    )
+    raise ConfigError(f"{top_k} experts a token of {room}{within}{without}: choose fewer")
 
 
 def _in_best_groups(
