@@ -38,7 +38,7 @@ PROFILES = {
         resplits=50,
     ),
     "full": Profile(
-        30_000, 4_000, 8_000, models=EVERY_MODEL, joint=(2e-3, 5.0), first_layers=(1, 2),
+        30_000, 4_000, 8_000, models=EVERY_MODEL, joint=(2e-3, 12.0), first_layers=(1, 2),
         regularized=4_000, folds=FoldConfig(folds=4, fold_seeds=(0, 1, 2)),
     ),
 }  # fmt: skip
