@@ -21,7 +21,7 @@ def test_all_ways_to_run_a_layer_agree(benchmark_file):
     found = module.measure((40, 32, 61, 8, 3), "cpu", torch.float32, tries=1)
     names = {row["way"] for row in found["rows"]}
     assert names == {
-        "ours, grouped", "ours, sorted", "transformers, eager", "transformers, grouped_mm",
+        "ours, auto", "ours, sorted", "transformers, eager", "transformers, grouped_mm",
         "indexing loop",
     }  # fmt: skip
     assert [row["what"] for row in found["targets"]] == [

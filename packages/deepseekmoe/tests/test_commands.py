@@ -104,7 +104,10 @@ def test_check_tells_a_whole_checkpoint_from_a_broken_one(command, trained, rele
 def test_doctor_names_the_backends(command):
     code, out, _ = command("doctor", "--device", "cpu", "--json")
     assert code == 0
-    assert {row["backend"] for row in rows(out)} == {"reference", "grouped", "sorted", "batched"}
+    works = {row["backend"]: row["works"] for row in rows(out)}
+    for name in ("reference", "grouped", "sorted", "batched", "transformers:grouped_mm"):
+        assert works[name] == "yes"
+    assert works["transformers:sonicmoe"] == "no"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,7 @@ def test_doctor_names_the_backends(command):
          "--baseline gshard and --active-experts"),
         (["train", "--data", "{texts}", "--granularity", "2", "--routed-experts", "9"],
          "--granularity and --routed-experts"),
+        (["train", "--data", "{texts}", "--backend", "fast"], "no backend 'fast'"),
         (["train", "--data", "{texts}", "--device-alpha", "0.1"], "--device-alpha on 1 device"),
         (["train", "--data", "{texts}", "--model-config", "none.json"], "none.json: no JSON"),
         (["train", "--data", "{texts}", "--tokenizer", "{texts}"], "holds no tokenizer"),

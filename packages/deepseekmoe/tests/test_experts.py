@@ -6,6 +6,7 @@ from deepseekmoe import experts
 from deepseekmoe.experts import BACKENDS, backend_table, choose_backend, moe_forward
 from deepseekmoe.routing import limit_capacity, route
 from octavo.errors import ConfigError
+from transformers.integrations.moe import ExpertsInterface
 
 FAST = [name for name in BACKENDS if name != "reference"]
 
@@ -132,15 +133,70 @@ def test_a_missing_kernel_is_told(monkeypatch):
         moe_forward(*case(), backend="grouped")
     rows = {row["backend"]: row for row in backend_table(torch.device("cpu"), torch.float32)}
     assert rows["grouped"]["works"] == "no"
+    assert "has no grouped_mm" in rows["grouped"]["reason"]
     assert rows["sorted"]["works"] == "yes"
     same(run("auto", case()), run("reference", case()))
 
 
-def test_auto_decodes_a_few_tokens_by_gathering_on_a_gpu(monkeypatch):
-    elsewhere = torch.zeros(4, 4, device="meta")
+def test_auto_decodes_a_few_tokens_by_gathering(monkeypatch):
     monkeypatch.setattr(experts, "unavailable", lambda *_: "")
-    weights = torch.zeros(2, 4, 4)
+    small, wide = torch.zeros(8, 16, 8), torch.zeros(8, 2**10, 2**10, device="meta")
+    few = torch.zeros(2, 2, dtype=torch.long)
     with torch.no_grad():
-        assert choose_backend(elsewhere, weights) == "batched"
-    assert choose_backend(elsewhere, weights) == "grouped"
-    assert choose_backend(torch.zeros(4, 4), weights) == "sorted"
+        assert choose_backend(few, small) == "batched"
+        assert choose_backend(few, wide) == "grouped"  # on a CPU one row's product is slow
+        assert choose_backend(few.to("meta"), wide) == "batched"
+        assert choose_backend(torch.zeros(3, 2, device="meta"), wide) == "grouped"
+    assert choose_backend(few, small) == "grouped"
+
+
+@pytest.mark.parametrize("name", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("drop", [None, 0.6])
+def test_implementations_of_transformers_can_be_borrowed(name, drop):
+    same(run(f"transformers:{name}", case(drop=drop)), run("reference", case(drop=drop)))
+
+
+def test_a_users_implementation_registered_with_transformers_is_used():
+    def mine(module, x, ids, weights):
+        return BACKENDS["reference"](x, ids, weights, module.gate_up_proj, module.down_proj)
+
+    ExpertsInterface.register("mine", mine)
+    try:
+        same(run("transformers:mine", case()), run("reference", case()))
+        assert "transformers:mine" in {row["backend"] for row in table()}
+    finally:
+        ExpertsInterface._global_mapping.pop("mine")
+    with pytest.raises(ConfigError, match="backend transformers:mine: transformers has no such"):
+        run("transformers:mine", case())
+
+
+def table():
+    return backend_table(torch.device("cpu"), torch.float32)
+
+
+def test_the_doctor_tries_each_backend():
+    rows = {row["backend"]: row for row in table()}
+    assert rows["reference"]["difference"] == 0
+    assert 0 <= rows["grouped"]["difference"] < 1e-5
+    assert rows["transformers:grouped_mm"]["works"] == "yes"
+    assert rows["transformers:sonicmoe"]["works"] == "no"
+    assert rows["transformers:sonicmoe"]["reason"]
+
+
+def test_the_doctor_finds_a_wrong_backend(monkeypatch):
+    def wrong(*given):
+        return 1.1 * BACKENDS["reference"](*given)
+
+    monkeypatch.setitem(BACKENDS, "wrong", wrong)
+    assert {row["backend"]: row for row in table()}["wrong"]["difference"] > 0.05
+
+
+def test_little_is_kept_for_the_backward_pass():
+    """One row of 2h a slot, not the gathered rows of d."""
+    given = case(tokens=64, width=96, hidden=8, slots=4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        moe_forward(*given, backend="grouped")
+    sizes = {tensor.data_ptr(): tensor.numel() for tensor in kept if tensor.is_floating_point()}
+    weights = given[3].numel() + given[4].numel()
+    assert sum(sizes.values()) - weights <= 64 * 96 + 64 * 4 * (2 * 8) + 3 * 64 * 4

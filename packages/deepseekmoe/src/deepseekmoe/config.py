@@ -74,8 +74,8 @@ class ModelConfig:
     bias_rate: float = 1e-3
     """Step of the selection bias, with --balance bias."""
 
-    backend: Literal["auto", "reference", "grouped", "sorted", "batched"] = "auto"
-    """How experts are computed."""
+    backend: str = "auto"
+    """How experts are computed; `deepseekmoe doctor` lists the ways."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,27 +5,31 @@
 Weights are stacked as transformers v5 has them: gate_up [E, 2h, d] and down [E, d, h].
 
 - `reference`: a plain loop over experts, for tests and for reading.
-- `grouped`: rows sorted by expert, two grouped matrix products of the framework.
-- `sorted`: the same in one autograd function, products on slices and gradients into place; on a
-  CPU nothing else comes as near to one dense product of equal size.
+- `grouped`: rows sorted by expert and the framework's grouped matrix product, forward and backward
+  in one autograd function that keeps little and never waits for the device.
+- `sorted`: the same with a product an expert, where the framework's kernel is missing.
 - `batched`: gathers each slot's weights, for a handful of tokens (decoding).
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from octavo.errors import ConfigError
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag, linear, silu
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from deepseekmoe.routing import count_experts
 
-Backend = Literal["auto", "reference", "grouped", "sorted", "batched"]
+#: Weights that are gathered at the most on a CPU, where products of one row are slow.
+GATHERED_ON_CPU = 2**19
 
-#: So many tokens or fewer are decoded by gathering weights on a GPU.
-FEW_TOKENS = 64
+#: Before the name of one of transformers' own implementations: deepgemm, sonicmoe, or a user's.
+BORROWED = "transformers:"
 
 
 def moe_forward(
@@ -52,32 +56,59 @@ def moe_forward(
     Raises:
         ConfigError: the backend is unknown, or does not work with these tensors.
     """
-    if backend not in get_args(Backend):
-        raise ConfigError(f"no backend {backend!r}; there are {', '.join(get_args(Backend))}")
+    check_backend(backend)
     if backend == "auto":
-        backend = choose_backend(x, gate_up)
+        backend = choose_backend(ids, gate_up)
     elif reason := unavailable(backend, x.device, gate_up.dtype):
         raise ConfigError(f"backend {backend}: {reason}")
     if not ids.numel():  # gives weights a gradient of 0, which other processes may wait for
-        backend = "sorted"
+        backend = "reference"
     dtype = gate_up.dtype
     if torch.is_autocast_enabled(x.device.type):  # which these products do not know of
         dtype = torch.get_autocast_dtype(x.device.type)
-    y = BACKENDS[backend](x.to(dtype), ids, weights, gate_up.to(dtype), down.to(dtype))
-    return y.to(x.dtype)
+    given = x.to(dtype), ids, weights, gate_up.to(dtype), down.to(dtype)
+    if backend.startswith(BORROWED):
+        return _borrowed(backend.removeprefix(BORROWED), *given).to(x.dtype)
+    return BACKENDS[backend](*given).to(x.dtype)
 
 
-def choose_backend(x: Tensor, gate_up: Tensor) -> str:
-    """The fastest backend that works with these tensors."""
-    if x.device.type == "cpu":
-        return "sorted"
-    if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
+def check_backend(name: str) -> None:
+    """Refuse a name that no backend has.
+
+    Raises:
+        ConfigError: it is such a name.
+    """
+    if name not in ("auto", *BACKENDS) and not name.startswith(BORROWED):
+        raise ConfigError(
+            f"no backend {name!r}; there are auto, {', '.join(BACKENDS)} and {BORROWED}NAME"
+        )
+
+
+def choose_backend(ids: Tensor, gate_up: Tensor) -> str:
+    """The fastest backend that works with these tensors.
+
+    A few tokens are decoded by gathering their experts' weights: that moves each thrice, but sorts
+    nothing.
+    """
+    slots = ids.numel()
+    if ids.device.type == "cpu":
+        few = slots * gate_up[0].numel() <= GATHERED_ON_CPU
+    else:
+        few = 2 * slots <= len(gate_up)
+    if few and not torch.is_grad_enabled():
         return "batched"
-    return "sorted" if unavailable("grouped", x.device, gate_up.dtype) else "grouped"
+    return "sorted" if unavailable("grouped", ids.device, gate_up.dtype) else "grouped"
 
 
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why a backend does not work here; empty where it does."""
+    if backend.startswith(BORROWED):
+        name = backend.removeprefix(BORROWED)
+        return (
+            ""
+            if name in ALL_EXPERTS_FUNCTIONS
+            else "transformers has no such experts implementation"
+        )
     if backend != "grouped":
         return ""
     if not hasattr(torch.nn.functional, "grouped_mm"):
@@ -92,13 +123,42 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def backend_table(device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
-    """Which backends work here, and why others do not."""
+def backend_table(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Which backends work here, tried on a small layer, and why others do not.
+
+    Returns:
+        Rows of backend, works, the largest difference from `reference` in output and gradients relative
+        to the largest value, and the reason.
+    """
     rows = []
-    for name in BACKENDS:
+    for name in [*BACKENDS, *(BORROWED + name for name in ALL_EXPERTS_FUNCTIONS.valid_keys())]:
+        row: dict[str, Any] = {"backend": name, "works": "no", "difference": ""}
         reason = unavailable(name, device, dtype)
-        rows.append({"backend": name, "works": "no" if reason else "yes", "reason": reason})
+        if not reason:
+            try:
+                row |= {"works": "yes", "difference": _difference(name, device, dtype)}
+            except Exception as error:  # whatever a kernel of others raises is its reason
+                reason = str(error).strip().split("\n")[0]
+        rows.append(row | {"reason": reason})
     return rows
+
+
+def _difference(backend: str, device: torch.device, dtype: torch.dtype) -> float:
+    draw = torch.Generator().manual_seed(0)
+    shapes = (48, 64), (48, 2), (8, 64, 64), (8, 64, 32)
+    leaves = [
+        (torch.randn(shape, generator=draw) / 8).to(device, dtype).requires_grad_()
+        for shape in shapes
+    ]
+    x, weights, gate_up, down = leaves
+    ids = torch.randn(48, 8, generator=draw).topk(2).indices.to(device)
+    found = []
+    for name in ("reference", backend):
+        y = moe_forward(x, ids, weights, gate_up, down, name)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    return max(
+        float((one - two).abs().max() / one.abs().max()) for one, two in zip(*found, strict=True)
+    )
 
 
 def _reference(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -111,6 +171,26 @@ def _reference(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: T
     return total
 
 
+def _borrowed(
+    name: str, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """One of transformers' implementations, on what it reads of a module of experts."""
+
+    def apply_gate(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return silu(gate) * up
+
+    module: Any = SimpleNamespace(
+        gate_up_proj=gate_up, down_proj=down, num_experts=len(down), act_fn=silu,
+        hidden_dim=x.shape[1], intermediate_dim=down.shape[-1],
+        has_gate=True, has_bias=False, has_post_expert_norm=False,
+        is_transposed=False, is_concatenated=True, _is_expert_parallel=True,
+        _apply_gate=apply_gate, config=SimpleNamespace(hidden_act="silu"),
+    )  # fmt: skip
+    weights = weights.masked_fill(ids >= len(down), 0.0)
+    return ALL_EXPERTS_FUNCTIONS[name](module, x, ids, weights.to(x.dtype))
+
+
 def _batched(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     tokens, slots = ids.shape
     dropped = ids >= len(gate_up)
@@ -121,26 +201,144 @@ def _batched(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Ten
     return (rows * weights.masked_fill(dropped, 0.0)[..., None]).sum(dim=1)
 
 
-def _grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Two grouped products; hidden widths are padded to the 16 bytes that the kernel asks for."""
-    tokens, slots = ids.shape
-    experts, hidden = len(gate_up), down.shape[-1]
-    # a dropped slot goes to the last expert with gate 0: rows outside all groups get no gradient
-    weights, ids = weights.masked_fill(ids >= experts, 0.0), ids.clamp_max(experts - 1)
-    order = ids.flatten().argsort(stable=True)
-    ends = count_experts(ids, experts).cumsum(0).int()
-    rows = _pad(x, 1)[order // slots]
-    gates = _pad(gate_up.unflatten(1, (2, hidden)), 2, 3).flatten(1, 2)
-    with torch.autocast(x.device.type, enabled=False):
-        both = torch.nn.functional.grouped_mm(rows, gates.transpose(1, 2), offs=ends)
+class _Products(NamedTuple):
+    """Products of rows sorted by expert with each expert's own matrix.
+
+    Attributes:
+        rows: [R, a] and [E, a, b], where experts' rows end, to [R, b].
+        matrices: [R, a] and [R, b], where experts' rows end, to [E, a, b]: the sum over an expert's rows
+            of their outer products; 0 for an expert without rows.
+    """
+
+    rows: Callable[[Tensor, Tensor, Tensor], Tensor]
+    matrices: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _Experts(torch.autograd.Function):
+    """Gather, product, SwiGLU, product, weighted sum, and every gradient by the same two products.
+
+    What is kept for the backward pass is one row of 2h a slot; gathered rows are gathered anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
+        products: _Products,
+    ) -> Tensor:  # fmt: skip
+        slots = ids.shape[1]
+        order = _by_expert(ids)
+        ends = count_experts(ids, len(down)).cumsum(0).int()
+        place = torch.empty_like(order).index_copy(0, order, _numbers(order)).view_as(ids)
+        both = products.rows(x.index_select(0, order // slots), gate_up.transpose(1, 2), ends)
         gate, up = both.chunk(2, dim=-1)
-        inner = silu(gate) * up
-        out = torch.nn.functional.grouped_mm(inner, _pad(down, 1, 2).transpose(1, 2), offs=ends)
-    out = out[:, : x.shape[-1]]
-    out = out * weights.flatten()[order, None]
-    back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
-    # a sum's gradient is expanded, which grouped_mm's backward refuses: indexing makes it whole
-    return out.to(x.dtype)[back].view(tokens, slots, -1).sum(dim=1)
+        out = products.rows(silu(gate).mul_(up), down.transpose(1, 2), ends)
+        ctx.products = products
+        ctx.save_for_backward(x, both, order, place, ends, weights, gate_up, down)
+        return embedding_bag(place, out, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, both, order, place, ends, weights, gate_up, down = ctx.saved_tensors
+        products: _Products = ctx.products
+        _, _, need_weights, need_gate_up, need_down, _ = ctx.needs_input_grad
+        token = order // place.shape[1]
+        dy = grads[0].index_select(0, token)
+        gate_of_row = weights.flatten()[order, None]
+        gate, up = both.chunk(2, dim=-1)
+        inner = silu(gate)
+        d_both = torch.empty_like(both)
+        d_gate, d_up = d_both.chunk(2, dim=-1)
+        d_inner = products.rows(dy, down, ends)
+        d_up.copy_(d_inner).mul_(inner)
+        d_weights = None
+        if need_weights:  # a slot's gate multiplies its row: their product's sum
+            d_weights = (d_up * up).sum(dim=-1)[place.flatten()].view_as(place)
+        d_down = None
+        if need_down:
+            d_down = products.matrices(dy, inner.mul_(up).mul_(gate_of_row), ends)
+        d_inner.mul_(up).mul_(gate_of_row)
+        d_gate.copy_(torch.ops.aten.silu_backward(d_inner, gate))
+        d_up.mul_(gate_of_row)
+        d_gate_up = (
+            products.matrices(d_both, x.index_select(0, token), ends) if need_gate_up else None
+        )
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = embedding_bag(place, products.rows(d_both, gate_up, ends), mode="sum")
+        return d_x, None, d_weights, d_gate_up, d_down, None
+
+
+def _by_expert(ids: Tensor) -> Tensor:
+    """The order of all slots by expert, those of an expert in the order of their tokens."""
+    flat = ids.flatten()
+    if (
+        flat.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # numpy sorts 16 bits by radix
+        return torch.from_numpy(flat.to(torch.int16).numpy().argsort(kind="stable"))
+    return flat.argsort(stable=True)
+
+
+def _numbers(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)
+
+
+def _each_rows(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    out = rows.new_empty(len(rows), matrices.shape[2])
+    counts = _counts(ends)
+    for one, result, matrix in zip(
+        rows.split(counts), out.split(counts), matrices.unbind(), strict=True
+    ):
+        if len(one):
+            torch.mm(one, matrix, out=result)
+    return out
+
+
+def _each_matrices(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    out = left.new_zeros(len(ends), left.shape[1], right.shape[1])
+    counts = _counts(ends)
+    for one, two, result in zip(left.split(counts), right.split(counts), out.unbind(), strict=True):
+        if len(one):
+            torch.mm(one.T, two, out=result)
+    return out
+
+
+def _counts(ends: Tensor) -> list[int]:
+    return torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+
+
+def _grouped_rows(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    return torch.nn.functional.grouped_mm(rows, matrices, offs=ends)
+
+
+def _grouped_matrices(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return torch.nn.functional.grouped_mm(left.T, right, offs=ends)
+
+
+def _sorted(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return _with(_Products(_each_rows, _each_matrices), x, ids, weights, gate_up, down)
+
+
+def _grouped(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """With the framework's kernel; widths are padded to the 16 bytes that it asks for."""
+    width, hidden = x.shape[1], down.shape[-1]
+    gates = _pad(gate_up.unflatten(1, (2, hidden)), 2, 3).flatten(1, 2)
+    products = _Products(_grouped_rows, _grouped_matrices)
+    y = _with(products, _pad(x, 1), ids, weights, gates, _pad(down, 1, 2))
+    return y[:, :width]
+
+
+def _with(
+    products: _Products, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    # a dropped slot goes to the last expert with gate 0: so all rows belong to one
+    dropped = ids >= len(down)
+    weights = weights.to(x.dtype).masked_fill(dropped, 0.0)
+    ids = ids.masked_fill(dropped, len(down) - 1)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Experts.apply(x, ids, weights, gate_up, down, products)  # pyright: ignore
 
 
 def _pad(tensor: Tensor, *dims: int) -> Tensor:
@@ -153,103 +351,6 @@ def _pad(tensor: Tensor, *dims: int) -> Tensor:
             shape[dim] = missing
             tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
     return tensor
-
-
-class _Sorted(torch.autograd.Function):
-    """Gather, product, SwiGLU, product, weighted sum, with every gradient written to its place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-    ) -> Tensor:
-        tokens, slots = ids.shape
-        experts, width, hidden = down.shape
-        order = ids.flatten().argsort(stable=True)
-        counts = count_experts(ids, experts).tolist()
-        used = sum(counts)
-        order = order[:used]  # dropped slots stand behind all experts
-        token = order // slots
-        rows = x.index_select(0, token)
-        both = x.new_empty(used, 2 * hidden)
-        for part, out, weight in _parts(counts, rows, both, gate_up):
-            torch.mm(part, weight.T, out=out)
-        gate, up = both.chunk(2, dim=-1)
-        inner = silu(gate).mul_(up)
-        out_rows = x.new_empty(used, width)
-        for part, out, weight in _parts(counts, inner, out_rows, down):
-            torch.mm(part, weight.T, out=out)
-        place = torch.zeros(tokens * slots, dtype=torch.long, device=x.device)
-        place[order] = torch.arange(used, device=x.device)
-        place = place.view(tokens, slots)
-        gates = weights.to(x.dtype).masked_fill(ids >= experts, 0.0)
-        ctx.counts = counts
-        ctx.save_for_backward(rows, both, inner, order, place, gates, gate_up, down)
-        return _gather_sum(out_rows, place, gates)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, both, inner, order, place, gates, gate_up, down = ctx.saved_tensors
-        counts = ctx.counts
-        tokens, slots = place.shape
-        dy = grads[0].index_select(0, order // slots)
-        gate_of_row = gates.flatten().index_select(0, order)[:, None]
-        d_inner = torch.empty_like(inner)
-        for part, out, weight in _parts(counts, dy, d_inner, down):
-            torch.mm(part, weight, out=out)
-        d_weights = None
-        if ctx.needs_input_grad[2]:
-            d_weights = gates.new_zeros(tokens * slots)
-            d_weights[order] = (d_inner * inner).sum(dim=-1)
-            d_weights = d_weights.view(tokens, slots)
-        d_down = None
-        if ctx.needs_input_grad[4]:
-            d_down = torch.zeros_like(down)
-            for part, other, out in _parts(counts, dy, inner * gate_of_row, d_down):
-                torch.mm(part.T, other, out=out)
-        d_inner *= gate_of_row
-        gate, up = both.chunk(2, dim=-1)
-        d_both = torch.empty_like(both)
-        d_gate, d_up = d_both.chunk(2, dim=-1)
-        torch.mul(d_inner, silu(gate), out=d_up)
-        torch.ops.aten.silu_backward.grad_input(d_inner.mul_(up), gate, grad_input=d_gate)
-        d_gate_up = None
-        if ctx.needs_input_grad[3]:
-            d_gate_up = torch.zeros_like(gate_up)
-            for part, other, out in _parts(counts, d_both, rows, d_gate_up):
-                torch.mm(part.T, other, out=out)
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_rows = torch.empty_like(rows)
-            for part, out, weight in _parts(counts, d_both, d_rows, gate_up):
-                torch.mm(part, weight, out=out)
-            kept = torch.ones_like(gates)
-            if len(order) < tokens * slots:
-                kept = kept.flatten().zero_().index_fill(0, order, 1.0).view(tokens, slots)
-            d_x = _gather_sum(d_rows, place, kept)
-        return d_x, None, d_weights, d_gate_up, d_down
-
-
-def _gather_sum(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """Sum over slots of weights [T, K] times rows[place], in one pass."""
-    if not len(rows):
-        return rows.new_zeros(len(place), rows.shape[-1])
-    return torch.nn.functional.embedding_bag(place, rows, mode="sum", per_sample_weights=weights)
-
-
-def _parts(counts: list[int], first: Tensor, second: Tensor, stacked: Tensor) -> list[tuple]:
-    """Each expert's rows of two tensors and its matrix; experts without rows are left out."""
-    return [
-        (one, two, matrix)
-        for one, two, matrix in zip(
-            first.split(counts), second.split(counts), stacked.unbind(), strict=True
-        )
-        if len(one)
-    ]
-
-
-def _sorted(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return _Sorted.apply(x, ids, weights, gate_up, down)  # pyright: ignore[reportReturnType]
 
 
 BACKENDS: dict[Any, Callable[..., Tensor]] = {

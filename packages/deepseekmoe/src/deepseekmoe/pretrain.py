@@ -84,7 +84,10 @@ def make_config(
 
 def _chosen(choice: ModelConfig, words: dict[str, Any]) -> DeepseekMoeConfig:
     """Preset, then the file's keys, then options; at last the baseline."""
+    from deepseekmoe.experts import check_backend
+
     _refuse_contradictions(choice)
+    check_backend(choice.backend)
     changes: dict[str, Any] = {
         "num_hidden_layers": choice.layers,
         "n_shared_experts": choice.shared_experts,
