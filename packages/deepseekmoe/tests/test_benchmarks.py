@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepseekmoe.architecture import DeepseekMoeConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -38,3 +39,15 @@ def test_a_way_that_disagrees_is_found(benchmark_file):
     }
     with pytest.raises(AssertionError, match="two"):
         module.compare(ways, [given["x"]], torch.ones(10, 8), 1e-4)
+
+
+def test_a_model_is_decoded_and_trained_beside_its_bounds(benchmark_file):
+    module = benchmark_file("bench_model")
+    config = DeepseekMoeConfig.preset("tiny", vocab_size=64)
+    rows = module.decode(config, "cpu", torch.float32, tokens=4, tries=1)
+    rows += module.step(config, "cpu", torch.float32, batch=2, length=16, tries=1)
+    assert [row["what"] for row in rows] == [
+        "decoding, dynamic cache", "decoding, static cache", "training step, 2 x 16 tokens",
+    ]  # fmt: skip
+    for row in rows:
+        assert row["share"] == pytest.approx(row["tokens a second"] / row["bound"])

@@ -21,7 +21,6 @@ from octavo.errors import ConfigError
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, linear, silu
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from deepseekmoe.routing import count_experts
 
@@ -131,7 +130,7 @@ def backend_table(device: torch.device, dtype: torch.dtype) -> list[dict[str, An
         to the largest value, and the reason.
     """
     rows = []
-    for name in [*BACKENDS, *(BORROWED + name for name in ALL_EXPERTS_FUNCTIONS.valid_keys())]:
+    for name in [*BACKENDS, *(BORROWED + name for name in _transformers().valid_keys())]:
         row: dict[str, Any] = {"backend": name, "works": "no", "difference": ""}
         reason = unavailable(name, device, dtype)
         if not reason:
@@ -171,6 +170,13 @@ def _reference(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: T
     return total
 
 
+def _transformers() -> Any:
+    """The library's implementations by name; importing them takes seconds."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS
+
+
 def _borrowed(
     name: str, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
@@ -188,7 +194,7 @@ def _borrowed(
         _apply_gate=apply_gate, config=SimpleNamespace(hidden_act="silu"),
     )  # fmt: skip
     weights = weights.masked_fill(ids >= len(down), 0.0)
-    return ALL_EXPERTS_FUNCTIONS[name](module, x, ids, weights.to(x.dtype))
+    return _transformers()[name](module, x, ids, weights.to(x.dtype))
 
 
 def _batched(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
