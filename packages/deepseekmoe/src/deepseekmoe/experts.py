@@ -103,11 +103,8 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why a backend does not work here; empty where it does."""
     if backend.startswith(BORROWED):
         name = backend.removeprefix(BORROWED)
-        return (
-            ""
-            if name in ALL_EXPERTS_FUNCTIONS
-            else "transformers has no such experts implementation"
-        )
+        known = name in _transformers()
+        return "" if known else "transformers has no such experts implementation"
     if backend != "grouped":
         return ""
     if not hasattr(torch.nn.functional, "grouped_mm"):
