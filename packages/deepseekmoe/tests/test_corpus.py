@@ -1,5 +1,6 @@
 """Texts become packed windows that know their documents' borders."""
 
+import datasets
 import numpy as np
 import pytest
 from deepseekmoe.config import CorpusConfig, OptimizeConfig
@@ -95,6 +96,29 @@ def test_of_rows_every_so_manieth_is_held_out(tmp_path):
     config = CorpusConfig(data=str(file), text_column="body", dev_share=0.2)
     assert [one.text for one in documents(config, "dev")] == ["text 4", "text 9"]
     assert len(list(documents(config, "train"))) == 8
+
+
+@pytest.mark.parametrize("source", ["parquet", "hub"])
+def test_streamed_rows_are_held_out_alike(tmp_path, monkeypatch, source):
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / "train.parquet"
+    datasets.Dataset.from_dict({"body": [f"text {i}" for i in range(10)]}).to_parquet(file)
+    name = str(file)
+    if source == "hub":
+        real, name = datasets.load_dataset, "someone/set"
+
+        def load(_name, *rest, **options):
+            assert options["streaming"]
+            return real(str(tmp_path / "set"), *rest, **options)
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+    config = CorpusConfig(data=name, text_column="body", dev_share=0.2)
+    dev = documents(config, "dev")
+    assert next(dev) == Document("text", "text 4")
+    assert [one.text for one in dev] == ["text 9"]
+    assert [one.text for one in documents(config, "train")] == [
+        f"text {i}" for i in range(10) if i not in (4, 9)
+    ]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
