@@ -165,6 +165,44 @@ def test_long_texts_are_tokenised_in_pieces_without_a_seam(tmp_path, monkeypatch
     monkeypatch.setattr(corpus, "PIECE", 100)
     pieces = tokenize([Document("a", text)], tokenizer, tmp_path / "pieces")
     assert tokenizer.decode(pieces.values.tolist()) == tokenizer.decode(whole.values.tolist())
+    assert pieces.text_bytes.tolist() == whole.text_bytes.tolist() == [len(text)]
+
+
+def test_pieces_copy_a_text_once(monkeypatch):
+    from deepseekmoe import corpus
+
+    copied = []
+
+    class Text(str):
+        def __getitem__(self, place):
+            part = super().__getitem__(place)
+            copied.append(len(part))
+            return part
+
+    monkeypatch.setattr(corpus, "PIECE", 100)
+    text = Text("".join(f"line {number:04d}\n" for number in range(1000)) + "no end of a line")
+    pieces = list(corpus._pieces(text))
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") and len(piece) < 115 for piece in pieces[:-1])
+    assert sum(copied) == len(text)
+    assert list(corpus._pieces("")) == []
+
+
+def test_a_tokenizer_reads_no_more_than_its_sample(monkeypatch):
+    from deepseekmoe import corpus
+
+    monkeypatch.setattr(corpus, "SAMPLE_EACH", 1000)
+    monkeypatch.setattr(corpus, "SAMPLE", 1500)
+
+    def texts():
+        yield Document("a", "red blue\n" * 100 + " green" * 500 + "x" * 1000)
+        yield Document("b", "brown grey\n" * 60)
+        raise AssertionError("a third text was asked for")
+
+    tokenizer = train_tokenizer(texts(), 300)
+    beginnings = ("red blue\n" * 100 + " green" * 500)[:1000], "brown grey\n" * 60
+    wanted = train_tokenizer([Document("", text) for text in beginnings], 300)
+    assert tokenizer.get_vocab() == wanted.get_vocab()
 
 
 def test_a_vocabulary_holds_all_bytes(tmp_path):
