@@ -205,6 +205,17 @@ def test_a_tokenizer_reads_no_more_than_its_sample(monkeypatch):
     assert tokenizer.get_vocab() == wanted.get_vocab()
 
 
+def test_special_tokens_that_a_text_spells_are_text(tmp_path):
+    text = "see <|endoftext|> and [PAD]"
+    tokenizer = train_tokenizer([Document("a", "see and pad " * 20)], 280)
+    tokens = tokenize([Document("a", text)], tokenizer, tmp_path / "tokens")
+    frame, *inner, end = tokens.values.tolist()
+    assert frame == end == tokenizer.eos_token_id
+    assert not set(inner) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(inner) == text
+    assert tokenizer(text)["input_ids"] != inner  # elsewhere they are what they were
+
+
 def test_a_vocabulary_holds_all_bytes(tmp_path):
     with pytest.raises(ConfigError, match="--vocabulary 100"):
         train_tokenizer([Document("a", "x")], 100)

@@ -128,7 +128,8 @@ def tokenize(
 
     Args:
         texts: documents.
-        tokenizer: its beginning- and end-of-text tokens frame each document, where it has them.
+        tokenizer: its beginning- and end-of-text tokens frame each document, where it has them;
+            special tokens that a text spells out are plain text.
         folder: for `tokens.bin` and `documents.json`; it appears whole.
 
     Raises:
@@ -167,11 +168,16 @@ def load_tokens(folder: Path) -> Tokens:
 def _encoded(
     text: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[Sequence[int], int]]:
-    """A document's tokens, frame included, piece by piece; with each the bytes it stands for."""
+    """A document's tokens, frame included, piece by piece; with each the bytes it stands for.
+
+    Only the frame is of special tokens: what a text spells like one is text.
+    """
     if (begin := tokenizer.bos_token_id) is not None:
         yield [begin], 0
     for piece in _pieces(text):
-        found: Any = tokenizer(piece, add_special_tokens=False, verbose=False)
+        found: Any = tokenizer(
+            piece, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         yield found["input_ids"], len(piece.encode())
     if (end := tokenizer.eos_token_id) is not None:
         yield [end], 0
