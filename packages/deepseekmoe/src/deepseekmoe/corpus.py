@@ -165,9 +165,7 @@ def load_tokens(folder: Path) -> Tokens:
     return Tokens(values, np.asarray(found["starts"]), found["domains"], np.asarray(found["bytes"]))
 
 
-def _encoded(
-    text: str, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[Sequence[int], int]]:
+def _encoded(text: str, tokenizer: Any) -> Iterator[tuple[Sequence[int], int]]:
     """A document's tokens, frame included, piece by piece; with each the bytes it stands for.
 
     Only the frame is of special tokens: what a text spells like one is text.
