@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from octavo import console
 from octavo.errors import ConfigError, DataError
 from octavo.rundir import atomic
@@ -275,14 +276,8 @@ def coactivation(trace: Trace, most: int = 8) -> list[Row]:
         Rows of layer, experts, tokens and lift (observed over expected under independence).
     """
     rows = []
-    for layer, pairs in enumerate(trace.pairs):
-        load = np.diag(pairs).astype(float)
-        slots = trace.counts[:, layer].sum()
-        tokens = slots / _slots_a_token(trace, layer)
-        expected = np.outer(load, load) / max(1.0, tokens)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            lift = np.where(expected > 0, pairs / expected, 0.0)
-        ones, twos = np.triu_indices(len(load), k=1)
+    for layer, (pairs, lift) in enumerate(zip(trace.pairs, lifts(trace), strict=True)):
+        ones, twos = np.triu_indices(len(pairs), k=1)
         for place in np.argsort(lift[ones, twos])[::-1][:most]:
             first, second = int(ones[place]), int(twos[place])
             rows.append(
@@ -294,6 +289,17 @@ def coactivation(trace: Trace, most: int = 8) -> list[Row]:
                 }
             )
     return rows
+
+
+def lifts(trace: Trace) -> Float[np.ndarray, "layers experts experts"]:
+    """How many times as often two experts are chosen together as their loads alone would give."""
+    found = np.zeros(trace.pairs.shape)
+    for layer, pairs in enumerate(trace.pairs):
+        load = np.diag(pairs).astype(float)
+        tokens = trace.counts[:, layer].sum() / _slots_a_token(trace, layer)
+        expected = np.outer(load, load) / max(1.0, tokens)
+        np.divide(pairs, expected, out=found[layer], where=expected > 0)
+    return found
 
 
 def vocabulary_specialization(trace: Trace, decode: Any, most: int = 5) -> list[Row]:
