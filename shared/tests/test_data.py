@@ -61,10 +61,85 @@ def test_hub_ids_go_through_datasets(tmp_path, monkeypatch):
 
     data = DatasetDict({"train": Dataset.from_list(ROWS)})
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or data)
+
+    def load(*names, streaming):
+        asked.append((*names, streaming))
+        return data
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_rows("someone/something", COLUMNS, "train") == ROWS
-    assert load_rows("someone/something:part", COLUMNS, "train") == ROWS
-    assert asked == [("someone/something", None), ("someone/something", "part")]
+    assert list(iter_rows("someone/something:part", COLUMNS, "train")) == ROWS
+    assert asked == [("someone/something", None, False), ("someone/something", "part", True)]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that stands for the hub: `someone/set` is read from its folder `set`."""
+    import datasets
+
+    real = datasets.load_dataset
+
+    def load(name, *rest, **options):
+        return real(str(tmp_path / name.split("/")[1]), *rest, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return tmp_path
+
+
+def lines(number):
+    return "".join(json.dumps({"text": f"text {i}", "label": i}) + "\n" for i in range(number))
+
+
+def test_a_hub_id_is_streamed_split_by_split(hub):
+    (hub / "set").mkdir()
+    (hub / "set" / "train.jsonl").write_text(lines(7))
+    (hub / "set" / "test.jsonl").write_text(lines(2))
+    rows = iter_rows("someone/set", COLUMNS, "train")
+    assert next(rows) == {"text": "text 0", "label": 0}
+    assert [row["label"] for row in rows] == list(range(1, 7))
+    assert len(list(iter_rows("someone/set", COLUMNS, "test"))) == 2
+    with pytest.raises(DataError, match=r"set: has no split 'dev'; it has train, test"):
+        next(iter_rows("someone/set", COLUMNS, "dev"))
+    with pytest.raises(DataError, match=r"set: no column 'body'; it has text, label"):
+        next(iter_rows("someone/set", {"body": str}, "train"))
+
+
+def test_a_stream_that_declares_no_columns_tells_them_by_its_first_row(monkeypatch):
+    import datasets
+
+    data = datasets.IterableDataset.from_generator(lambda: iter(ROWS))
+    assert data.column_names is None
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": data})
+    assert list(iter_rows("someone/something", COLUMNS)) == ROWS
+    with pytest.raises(DataError, match=r"something: no column 'body'; it has text, label"):
+        next(iter_rows("someone/something", {"body": str}))
+
+
+def test_a_damaged_file_of_a_hub_id_is_one_line(hub):
+    (hub / "set").mkdir()
+    (hub / "set" / "train.jsonl").write_text('{"text": "x"\n')
+    with pytest.raises(DataError, match="someone/set: ") as error:
+        list(iter_rows("someone/set", {"text": str}))
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_is_read_group_by_group(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": [f"text {i}" * 99 for i in range(9)], "label": list(range(9))})
+    parquet.write_table(table, path, row_group_size=3, compression="none")
+    assert [row["label"] for row in iter_rows(path, COLUMNS)] == list(range(9))
+    groups = parquet.read_metadata(path)
+    begin = groups.row_group(2).column(0).dictionary_page_offset
+    data = bytearray(path.read_bytes())
+    data[begin : begin + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    rows = iter_rows(path, COLUMNS)
+    assert [next(rows)["label"] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"rows\.parquet: "):
+        list(rows)
 
 
 def test_a_hub_id_offline_is_one_clear_error():

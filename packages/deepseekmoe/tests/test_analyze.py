@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from deepseekmoe.analyze import (
+    SUM_BINS,
     Trace,
     coactivation,
     disable_top,
@@ -120,11 +122,68 @@ def test_the_trace_counts_every_slot(model, tokens, tmp_path):
     assert again.domains == trace.domains
     assert (again.counts == trace.counts).all()
     assert again.words is not None
-    (tmp_path / "bad.npz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"bad\.npz: is no routing trace"):
-        Trace.load(tmp_path / "bad.npz")
     with pytest.raises(DataError, match="no domain fills a window of 90"):
         trace_routing(model, tokens, 90)
+
+
+def test_the_sums_of_gates_are_counted(model, tokens):
+    trace = trace_routing(model, tokens, 16, batch_size=3)
+    assert trace.sums is not None
+    assert trace.sums.shape == (2, SUM_BINS)
+    assert trace.sums.sum(axis=1).tolist() == [160, 160]
+    middle = (np.arange(SUM_BINS) + 0.5) / SUM_BINS
+    mean = trace.gates.sum(axis=(0, 2)) / 160
+    assert (trace.sums @ middle / 160).tolist() == pytest.approx(mean.tolist(), abs=0.5 / SUM_BINS)
+
+
+def test_a_trace_is_saved_and_loaded_whole(model, tokens, tmp_path):
+    file = tmp_path / "trace.npz"
+    for words in (True, False):
+        trace = trace_routing(model, tokens, 16, words=words)
+        trace.save(file)
+        again = Trace.load(file)
+        assert (again.domains, again.layers) == (trace.domains, trace.layers)
+        for name in ("counts", "gates", "pairs", "words", "sums"):
+            one, two = getattr(trace, name), getattr(again, name)
+            assert (one is two is None) or (one.dtype == two.dtype and (one == two).all())
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.npz"]
+
+
+def test_a_file_that_is_no_trace_is_told(tmp_path):
+    file = tmp_path / "trace.npz"
+    hand_trace().save(file)
+    data = file.read_bytes()
+    whole = dict(np.load(file))
+
+    def told(words=r"trace\.npz: is no routing trace"):
+        with pytest.raises(DataError, match=words):
+            Trace.load(file)
+
+    for bad in (b"", b"nothing", data[:-30], data[: len(data) // 2], data[60:]):
+        file.write_bytes(bad)
+        told()
+    middle = len(data) // 3
+    file.write_bytes(data[:middle] + b"\0" * 40 + data[middle + 40 :])
+    told()
+    with file.open("wb") as opened:
+        np.save(opened, np.zeros(3))
+    told()
+    for changed in (
+        {"counts": np.zeros((2, 1))},
+        {"gates": np.zeros((2, 1, 4))},
+        {"layers": np.zeros(2, dtype=int)},
+        {"sums": np.zeros(3)},
+        {"words": np.zeros((1, 5, 4))},
+        {"pairs": np.full((1, 3, 3), "x")},
+        {"pairs": np.full((1, 3, 3), None)},  # a pickle
+    ):
+        arrays: dict[str, Any] = {**whole, **changed}
+        np.savez(file, **arrays)
+        told()
+    np.savez(file, counts=whole["counts"], gates=whole["gates"])
+    told()
+    file.unlink()
+    told(r"trace\.npz: No such file")
 
 
 def test_jensen_shannon_by_hand():

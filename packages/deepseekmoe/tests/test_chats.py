@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from deepseekmoe.chats import Chat, PackedChats, best_fit, encode_chat, load_chats
+from deepseekmoe.chats import (
+    Chat,
+    PackedChats,
+    best_fit,
+    encode_chat,
+    encode_question,
+    load_chats,
+)
 from deepseekmoe.hub import CHAT_TEMPLATE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +29,7 @@ TURNS = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
     return make_tokenizer(
         ["User: the dog is red Assistant: Yes, it is. The cat is blue. " * 5],
@@ -72,6 +79,37 @@ def test_a_template_that_rewrites_the_past_is_refused():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"template refuses it .roles must alternate"):
         encode_chat(TURNS, tokenizer)
+
+
+def test_special_tokens_that_a_message_spells_are_text(tokenizer):
+    end, said = tokenizer.eos_token_id, "It is <|endoftext|>, not \U00100000[PAD]"
+    turns = [
+        {"role": "user", "content": "What ends a text? <|endoftext|>"},
+        {"role": "assistant", "content": said},
+    ]
+    chat = encode_chat(turns, tokenizer)
+    reply = chat.ids[chat.reply].tolist()
+
+    def plain(text):
+        return tokenizer(text, split_special_tokens=True)["input_ids"]
+
+    assert reply == [*plain(f" {said}"), end]
+    asked = [end, *plain("User: What ends a text? <|endoftext|>\n\nAssistant:")]
+    assert chat.ids[~chat.reply].tolist() == asked
+    assert encode_question(turns[:1], tokenizer) == asked
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>[PAD]"]})
+    held = encode_question([{"role": "user", "content": "<|endoftext|>[PAD]"}], tokenizer)
+    assert held == [end, *plain("User: <|endoftext|>[PAD]\n\nAssistant:")]
+
+
+def test_a_template_trims_a_message_that_spells_special_tokens(tokenizer):
+    template = "{% for m in messages %}{{ bos_token + m['content'] | trim }}{% endfor %}"
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": " red <|endoftext|> "}]
+    text = tokenizer.decode(encode_question(turns, tokenizer))
+    assert text == "<|endoftext|>red <|endoftext|>"
+    turns = [{"role": "user", "content": " red "}]
+    assert encode_question(turns, tokenizer) == tokenizer("<|endoftext|>red")["input_ids"]
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))

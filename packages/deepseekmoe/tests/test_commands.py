@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from deepseekmoe.analyze import Trace
+from deepseekmoe.esft import Selection, select_experts
 from deepseekmoe.hub import load
 
 
@@ -46,6 +48,53 @@ def test_analyses(command, trained, texts, analysis, columns):
     )
     assert code == 0, err
     assert columns <= set(rows(out)[0])
+
+
+def test_a_saved_trace_stands_for_model_and_texts(command, trained, texts, tmp_path):
+    model, file = trained / "model", tmp_path / "trace.npz"
+    given = (model, "--data", texts, "--length", 32)
+    code, out, err = command("trace", *given, "--out", file, "--words", "--json")
+    assert code == 0, err
+    found = rows(out)
+    assert [row["domain"] for row in found] == ["sums", "words"]
+    assert all(row["tokens"] % 32 == 0 and row["experts"] == 15 for row in found)
+    for analysis, named in (("specialization", ()), ("coactivation", ()), ("vocabulary", (model,))):
+        code, out, err = command("analyze", analysis, *named, "--trace", file, "--json")
+        assert code == 0, err
+        assert rows(out) == rows(command("analyze", analysis, *given, "--json")[1])
+    experts = tmp_path / "experts.json"
+    code, out, err = command("esft-select", "--trace", file, "--out", experts, "--p", 0.3, "--json")
+    assert code == 0, err
+    assert [row["trained"].split("/")[1] for row in rows(out)] == ["15", "15"]
+    assert Selection.load(experts) == select_experts(Trace.load(file), p=0.3)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trace", "{model}", "--data", "{texts}", "--out", "{file}"], "--overwrite"),
+        (["trace", "{model}", "--data", "{texts}", "--out", "{new}", "--length", "999999"],
+         "no domain fills a window"),
+        (["analyze", "specialization"], "give MODEL and --data, or --trace FILE"),
+        (["analyze", "coactivation", "{model}"], "give MODEL and --data, or --trace FILE"),
+        (["analyze", "coactivation", "{model}", "--trace", "{file}"], "name no others"),
+        (["analyze", "vocabulary", "{model}", "--data", "{texts}", "--trace", "{file}"],
+         "name no others"),
+        (["analyze", "specialization", "--trace", "{file}"], "is no routing trace"),
+        (["analyze", "specialization", "--trace", "{new}"], "No such file"),
+        (["esft-select", "--trace", "{file}", "--out", "{new}"], "is no routing trace"),
+        (["esft-select", "{model}", "--out", "{new}"], "either MODEL and --data, or --trace"),
+        (["esft-select", "{model}", "--trace", "{file}", "--out", "{new}"], "either MODEL and"),
+    ],
+)  # fmt: skip
+def test_wrong_traces_are_one_line(command, trained, texts, tmp_path, words, told):
+    file = tmp_path / "trace.npz"
+    file.write_bytes(b"PK\x03\x04 cut off")
+    places = {"model": trained / "model", "texts": texts, "file": file, "new": tmp_path / "new"}
+    code, _, err = command(*[word.format(**places) for word in words])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert told in err
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_saturation_compares_two_models(command, trained, texts):

@@ -1,5 +1,6 @@
 """Texts become packed windows that know their documents' borders."""
 
+import datasets
 import numpy as np
 import pytest
 from deepseekmoe.config import CorpusConfig, OptimizeConfig
@@ -97,6 +98,29 @@ def test_of_rows_every_so_manieth_is_held_out(tmp_path):
     assert len(list(documents(config, "train"))) == 8
 
 
+@pytest.mark.parametrize("source", ["parquet", "hub"])
+def test_streamed_rows_are_held_out_alike(tmp_path, monkeypatch, source):
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / "train.parquet"
+    datasets.Dataset.from_dict({"body": [f"text {i}" for i in range(10)]}).to_parquet(file)
+    name = str(file)
+    if source == "hub":
+        real, name = datasets.load_dataset, "someone/set"
+
+        def load(_name, *rest, **options):
+            assert options["streaming"]
+            return real(str(tmp_path / "set"), *rest, **options)
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+    config = CorpusConfig(data=name, text_column="body", dev_share=0.2)
+    dev = documents(config, "dev")
+    assert next(dev) == Document("text", "text 4")
+    assert [one.text for one in dev] == ["text 9"]
+    assert [one.text for one in documents(config, "train")] == [
+        f"text {i}" for i in range(10) if i not in (4, 9)
+    ]
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_the_share_of_rows_is_a_share(tmp_path, share):
     file = tmp_path / "rows.jsonl"
@@ -141,6 +165,55 @@ def test_long_texts_are_tokenised_in_pieces_without_a_seam(tmp_path, monkeypatch
     monkeypatch.setattr(corpus, "PIECE", 100)
     pieces = tokenize([Document("a", text)], tokenizer, tmp_path / "pieces")
     assert tokenizer.decode(pieces.values.tolist()) == tokenizer.decode(whole.values.tolist())
+    assert pieces.text_bytes.tolist() == whole.text_bytes.tolist() == [len(text)]
+
+
+def test_pieces_copy_a_text_once(monkeypatch):
+    from deepseekmoe import corpus
+
+    copied = []
+
+    class Text(str):
+        def __getitem__(self, place):
+            part = super().__getitem__(place)
+            copied.append(len(part))
+            return part
+
+    monkeypatch.setattr(corpus, "PIECE", 100)
+    text = Text("".join(f"line {number:04d}\n" for number in range(1000)) + "no end of a line")
+    pieces = list(corpus._pieces(text))
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") and len(piece) < 115 for piece in pieces[:-1])
+    assert sum(copied) == len(text)
+    assert list(corpus._pieces("")) == []
+
+
+def test_a_tokenizer_reads_no_more_than_its_sample(monkeypatch):
+    from deepseekmoe import corpus
+
+    monkeypatch.setattr(corpus, "SAMPLE_EACH", 1000)
+    monkeypatch.setattr(corpus, "SAMPLE", 1500)
+
+    def texts():
+        yield Document("a", "red blue\n" * 100 + " green" * 500 + "x" * 1000)
+        yield Document("b", "brown grey\n" * 60)
+        raise AssertionError("a third text was asked for")
+
+    tokenizer = train_tokenizer(texts(), 300)
+    beginnings = ("red blue\n" * 100 + " green" * 500)[:1000], "brown grey\n" * 60
+    wanted = train_tokenizer([Document("", text) for text in beginnings], 300)
+    assert tokenizer.get_vocab() == wanted.get_vocab()
+
+
+def test_special_tokens_that_a_text_spells_are_text(tmp_path):
+    text = "see <|endoftext|> and [PAD]"
+    tokenizer = train_tokenizer([Document("a", "see and pad " * 20)], 280)
+    tokens = tokenize([Document("a", text)], tokenizer, tmp_path / "tokens")
+    frame, *inner, end = tokens.values.tolist()
+    assert frame == end == tokenizer.eos_token_id
+    assert not set(inner) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(inner) == text
+    assert tokenizer(text)["input_ids"] != inner  # elsewhere they are what they were
 
 
 def test_a_vocabulary_holds_all_bytes(tmp_path):

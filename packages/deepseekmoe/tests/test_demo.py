@@ -60,8 +60,12 @@ def test_quick_demo_from_the_command_line(command, tmp_path):
     assert {claim["verdict"] for claim in claims} == {"PASS", "not shown at this size"}
     assert "GShard" in printed
     page = (out / "report.html").read_text()
-    assert page.count("<img") == 5
+    assert page.count("<img") >= 7
+    for caption in ("experts chosen together", "Sum of the gates", "Rise of the loss"):
+        assert caption in page
     assert "1.867" in page  # the paper's figure beside ours
+    assert "1.808 to 2.414 (+33.5 %)" in page
+    assert "level with GShard" in page
     code, _, err = command("demo", "--out", out, "--quiet")
     assert code == 2
     assert "holds a finished run" in err

@@ -1,7 +1,8 @@
 """Rows in: files, folders of splits and hub ids, read by one function that names what is wrong.
 
 Text files go through the standard library's readers, so that an error tells file, line and column;
-parquet, saved datasets and hub ids go through `datasets`.
+parquet, saved datasets and hub ids go through `datasets`. `iter_rows` holds one row, or one group of
+parquet's, at a time; only a .json is read whole.
 """
 
 import csv
@@ -44,10 +45,12 @@ def load_rows(
 ) -> list[Row]:
     """All rows of a source; see `iter_rows` for the arguments.
 
+    A hub id is downloaded into the cache of `datasets`, so that a second call does without the hub.
+
     Raises:
         DataError: as `iter_rows`, and when there is no row.
     """
-    rows = list(iter_rows(source, columns, split, rename, check))
+    rows = list(iter_rows(source, columns, split, rename, check, streaming=False))
     if not rows:
         raise DataError(f"{source}: holds no rows")
     return rows
@@ -59,6 +62,7 @@ def iter_rows(
     split: str | None = None,
     rename: Mapping[str, str] | None = None,
     check: Check | None = None,
+    streaming: bool = True,
 ) -> Iterator[Row]:
     """Stream the rows of a file, a folder of splits, a saved dataset or a hub id.
 
@@ -72,6 +76,7 @@ def iter_rows(
         split: train, validation or test (or a name as the source has it), for a folder or a hub id.
         rename: the source's name for a wanted column, where it differs: `{"text": "sentence"}`.
         check: returns what is wrong with a row, or None; the error then names the row's place.
+        streaming: read a hub id over the network as its rows are asked for, and keep nothing.
 
     Yields:
         One dict a row with exactly the wanted columns, None for an optional one that is missing.
@@ -84,7 +89,7 @@ def iter_rows(
         raise DataError(
             f"no column {sorted(unknown)[0]!r} is read here; rename one of {', '.join(columns)}"
         )
-    for where, raw in _places(str(source), split, named, columns):
+    for where, raw in _places(str(source), split, named, columns, streaming):
         row = {
             column: _typed(raw.get(name), columns[column], where, name)
             for column, name in named.items()
@@ -105,7 +110,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _places(
-    source: str, split: str | None, named: Mapping[str, str], columns: Columns
+    source: str, split: str | None, named: Mapping[str, str], columns: Columns, streaming: bool
 ) -> Iterator[tuple[str, Row]]:
     """Pairs of a row's place, in words, and the raw row."""
     if not source:
@@ -122,7 +127,8 @@ def _places(
     elif _format_of(path) or source.startswith((".", "/", "~")):
         raise DataError(f"{source}: no such file or folder")
     else:
-        yield from _from_datasets(source, _load_hub(source, split), named, columns)
+        with _read_errors(source):
+            yield from _from_datasets(source, _load_hub(source, split, streaming), named, columns)
 
 
 def _split_files(folder: Path, split: str | None) -> list[Path]:
@@ -162,8 +168,8 @@ def _from_file(path: Path, named: Mapping[str, str], columns: Columns) -> Iterat
         from datasets import Dataset
 
         with _read_errors(path):
-            table = Dataset.from_parquet(str(path), keep_in_memory=True)
-        yield from _from_datasets(str(path), table, named, columns)
+            table = Dataset.from_parquet(str(path), streaming=True)
+            yield from _from_datasets(str(path), table, named, columns)
         return
     readers = {".jsonl": _jsonl, ".json": _json, ".txt": _txt}
     with _read_errors(path), _open(path) as file:
@@ -179,7 +185,7 @@ def _open(path: Path) -> TextIOBase:
 
 
 @contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def _read_errors(path: Path | str) -> Iterator[None]:
     """Turn what can go wrong while reading into one line about the file."""
     try:
         yield
@@ -194,7 +200,7 @@ def _read_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         if type(error).__module__.startswith(("pyarrow", "datasets")):
-            raise DataError(f"{path}: not a parquet file ({error})") from None
+            raise DataError(f"{path}: damaged, or of another format ({error})") from None
         raise
 
 
@@ -280,13 +286,13 @@ def _load_saved(path: Path, split: str | None) -> Any:
     return _one_split(str(path), data, split)
 
 
-def _load_hub(source: str, split: str | None) -> Any:
+def _load_hub(source: str, split: str | None, streaming: bool) -> Any:
     import datasets
 
     try:
         log.info("%s: asking the hub", source)
         name, _, configuration = source.partition(":")
-        data = datasets.load_dataset(name, configuration or None)
+        data = datasets.load_dataset(name, configuration or None, streaming=streaming)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -312,9 +318,10 @@ def _from_datasets(
 ) -> Iterator[tuple[str, Row]]:
     from datasets import ClassLabel
 
-    _need(named, columns, data.column_names, source)
+    # a stream of a set that declares no features tells its columns by its first row
+    _need(named, columns, data.column_names or next(iter(data), {}), source)
     classes = {
-        name: feature.names for name, feature in data.features.items()
+        name: feature.names for name, feature in (data.features or {}).items()
         if isinstance(feature, ClassLabel)
     }  # fmt: skip
     for number, row in enumerate(data, 1):

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,7 +123,7 @@ def _check(texts: Sequence[str], shape: Shape) -> None:
         raise ConfigError(f"width {shape.width}: must be a multiple of 16 (one head's width)")
 
 
-def make_tokenizer(texts: Sequence[str], shape: Shape) -> "PreTrainedTokenizerFast":
+def make_tokenizer(texts: Iterable[str], shape: Shape) -> "PreTrainedTokenizerFast":
     """Train a tokenizer on texts: [CLS] a [SEP] b [SEP] for an encoder, no frame for a decoder."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as pre

@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.cli import Flat, make_app
 from octavo.console import Outcome
 from octavo.runtime import Runtime
 
 from deepseekmoe.config import CorpusConfig, EvaluateConfig
+
+if TYPE_CHECKING:
+    from deepseekmoe.analyze import Trace
 
 analyze = make_app("analyze", "The paper's analyses of a trained model on held-out texts.")
 analyze.version_flags = ()
@@ -67,67 +70,70 @@ def active(
 
 @analyze.command(name="specialization")
 def specialise(
-    model: str,
-    corpus: Flat[CorpusConfig],
+    model: str | None = None,
+    corpus: Flat[CorpusConfig | None] = None,
     config: Flat[EvaluateConfig] = EvaluateConfig(),
+    *,
+    trace: Path | None = None,
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
     """How unlike the domains' expert loads are: a .txt file of the folder is a domain.
 
     Args:
         model: Folder or hub id.
+        trace: File of `deepseekmoe trace`, instead of a model and texts.
     """
-    from deepseekmoe.analyze import specialization, trace_routing
+    from deepseekmoe.analyze import specialization
 
-    def analyse(*given: Any, **options: Any) -> Any:
-        return specialization(trace_routing(*given, **options))
-
-    return _analysed(analyse, "Divergence between domains", model, corpus, config, runtime)
+    found = _traced(model, corpus, config, runtime, trace)
+    rows: Any = specialization(found)
+    return Outcome({"Divergence between domains": rows})
 
 
 @analyze.command
 def coactivation(
-    model: str,
-    corpus: Flat[CorpusConfig],
+    model: str | None = None,
+    corpus: Flat[CorpusConfig | None] = None,
     config: Flat[EvaluateConfig] = EvaluateConfig(),
+    *,
+    trace: Path | None = None,
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
     """Which experts a token chooses together more often than by chance.
 
     Args:
         model: Folder or hub id.
+        trace: File of `deepseekmoe trace`, instead of a model and texts.
     """
     from deepseekmoe.analyze import coactivation as pairs_of
-    from deepseekmoe.analyze import trace_routing
 
-    def analyse(*given: Any, **options: Any) -> Any:
-        return pairs_of(trace_routing(*given, **options))
-
-    return _analysed(analyse, "Experts chosen together", model, corpus, config, runtime)
+    rows: Any = pairs_of(_traced(model, corpus, config, runtime, trace))
+    return Outcome({"Experts chosen together": rows})
 
 
 @analyze.command
 def vocabulary(
     model: str,
-    corpus: Flat[CorpusConfig],
+    corpus: Flat[CorpusConfig | None] = None,
     config: Flat[EvaluateConfig] = EvaluateConfig(),
+    *,
+    trace: Path | None = None,
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
     """Which tokens each expert takes the largest share of.
 
     Args:
-        model: Folder or hub id.
+        model: Folder or hub id; its tokenizer tells the tokens of a trace.
+        trace: File of `deepseekmoe trace --words`, instead of texts.
     """
     from octavo.models import load_tokenizer
 
-    from deepseekmoe.analyze import trace_routing, vocabulary_specialization
+    from deepseekmoe.analyze import vocabulary_specialization
 
-    def analyse(*given: Any, **options: Any) -> Any:
-        tokenizer = load_tokenizer(model)
-        trace = trace_routing(*given, **options, words=True)
-        return vocabulary_specialization(trace, lambda number: tokenizer.decode([number]))
-
-    return _analysed(analyse, "Tokens of each expert", model, corpus, config, runtime)
+    found = _traced(model, corpus, config, runtime, trace, words=True)
+    tokenizer = load_tokenizer(model)
+    rows: Any = vocabulary_specialization(found, lambda number: tokenizer.decode([number]))
+    return Outcome({"Tokens of each expert": rows})
 
 
 @analyze.command
@@ -194,3 +200,24 @@ def _analysed(
     runtime.start()
     loaded, tokens, length = model_and_tokens(model, corpus, config, runtime)
     return Outcome({title: analyse(loaded, tokens, length, batch_size=config.batch_size)})
+
+
+def _traced(
+    model: str | None, corpus: CorpusConfig | None, config: EvaluateConfig, runtime: Runtime,
+    file: Path | None, words: bool = False,
+) -> "Trace":  # fmt: skip
+    """A trace from its file, or recorded now."""
+    from octavo.errors import ConfigError
+
+    from deepseekmoe.analyze import Trace, trace_routing
+
+    alone()
+    runtime.start()
+    if file is not None:
+        if corpus is not None or (model and not words):
+            raise ConfigError(f"--trace {file} tells what a model did on texts: name no others")
+        return Trace.load(file)
+    if model is None or corpus is None:
+        raise ConfigError("there is nothing to look at: give MODEL and --data, or --trace FILE")
+    loaded, tokens, length = model_and_tokens(model, corpus, config, runtime)
+    return trace_routing(loaded, tokens, length, config.batch_size, words)

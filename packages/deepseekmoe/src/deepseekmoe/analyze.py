@@ -3,13 +3,16 @@
 Each takes any model of this package and held-out tokens, and gives rows of a table.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from octavo import console
 from octavo.errors import ConfigError, DataError
 from octavo.rundir import atomic
@@ -23,6 +26,9 @@ Row = dict[str, Any]
 
 #: Shares of the routed experts that Figure 4 disables.
 RATES = (0, 1 / 16, 2 / 16, 3 / 16, 4 / 16)
+
+#: Bins from 0 to 1 that the sums of a token's gates are counted in.
+SUM_BINS = 50
 
 
 def disable_top(
@@ -105,6 +111,7 @@ class Trace:
         pairs: tokens that chose both of two experts, [layers, experts, experts].
         layers: numbers of the traced layers in the model, from 0.
         words: slots of each token of the vocabulary, [layers, vocabulary, experts] uint32, or None.
+        sums: tokens by the sum of their kept gates, from 0 to 1 (and above), [layers, bins], or None.
     """
 
     domains: list[str]
@@ -113,15 +120,17 @@ class Trace:
     pairs: np.ndarray
     layers: list[int]
     words: np.ndarray | None = None
+    sums: np.ndarray | None = None
 
     def save(self, file: Path) -> None:
-        """Write it as npz, whole or not at all."""
+        """Write it as npz, whole or not at all; a file that lies there is replaced."""
         arrays: dict[str, Any] = {
             "domains": np.array(self.domains), "counts": self.counts, "gates": self.gates,
             "pairs": self.pairs, "layers": np.array(self.layers),
         }  # fmt: skip
-        if self.words is not None:
-            arrays["words"] = self.words
+        for name, counted in (("words", self.words), ("sums", self.sums)):
+            if counted is not None:
+                arrays[name] = counted
         with atomic(file) as temporary, temporary.open("wb") as opened:
             np.savez_compressed(opened, **arrays)
 
@@ -130,18 +139,36 @@ class Trace:
         """Read what `save` wrote.
 
         Raises:
-            DataError: the file is none.
+            DataError: there is no such file, or it is cut off or something else.
         """
         try:
             with np.load(file, allow_pickle=False) as found:
-                words = found.get("words", None)
-                return cls(
+                trace = cls(
                     [str(name) for name in found["domains"]],
                     found["counts"], found["gates"], found["pairs"],
-                    found["layers"].tolist(), words,
+                    found["layers"].tolist(), found.get("words"), found.get("sums"),
                 )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{file}: is no routing trace ({error})") from None
+            trace._check()
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror or error}") from None
+        except (BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: is no routing trace, or cut off ({error})") from None
+        return trace
+
+    def _check(self) -> None:
+        domains, layers, experts = self.counts.shape
+        wanted = [
+            (self.gates, (domains, layers, experts)), (self.pairs, (layers, experts, experts)),
+        ]  # fmt: skip
+        if self.words is not None:
+            wanted.append((self.words, (layers, *self.words.shape[1:2], experts)))
+        if self.sums is not None:
+            wanted.append((self.sums, (layers, *self.sums.shape[1:2])))
+        fit = all(array.shape == shape for array, shape in wanted)
+        if not fit or (len(self.domains), len(self.layers)) != (domains, layers):
+            raise ValueError("its arrays do not fit each other")
+        if any(array.dtype.kind not in "iuf" for array, _ in [(self.counts, ()), *wanted]):
+            raise ValueError("its arrays are not of numbers")
 
 
 @torch.no_grad()
@@ -163,6 +190,7 @@ def trace_routing(
     vocabulary = (
         np.zeros((many, model.config.vocab_size, experts), dtype=np.uint32) if words else None
     )
+    sums = np.zeros((many, SUM_BINS), dtype=np.int64)
     device = next(model.parameters()).device
     for domain in dict.fromkeys(tokens.domains):
         part = tokens.of_domain(domain)
@@ -185,6 +213,8 @@ def trace_routing(
                         torch.zeros(len(ids), experts).scatter(1, ids, kept).sum(0).numpy()
                     )
                     pairs[layer] += (chosen.T @ chosen).long().numpy()
+                    kept_sums = kept.sum(dim=1).clamp(0, 1).numpy()
+                    sums[layer] += np.histogram(kept_sums, SUM_BINS, (0, 1))[0]
                     if vocabulary is not None:
                         flat = rows["input_ids"].flatten().numpy()
                         np.add.at(vocabulary[layer], (flat[:, None], ids.numpy()), 1)
@@ -195,7 +225,7 @@ def trace_routing(
     if not names:
         raise DataError(f"no domain fills a window of {length} tokens")
     layers = [layer.gate.layer for layer in moe_layers(model)]
-    return Trace(names, np.stack(counts), np.stack(gates), pairs, layers, vocabulary)
+    return Trace(names, np.stack(counts), np.stack(gates), pairs, layers, vocabulary, sums)
 
 
 def specialization(trace: Trace) -> list[Row]:
@@ -246,14 +276,8 @@ def coactivation(trace: Trace, most: int = 8) -> list[Row]:
         Rows of layer, experts, tokens and lift (observed over expected under independence).
     """
     rows = []
-    for layer, pairs in enumerate(trace.pairs):
-        load = np.diag(pairs).astype(float)
-        slots = trace.counts[:, layer].sum()
-        tokens = slots / _slots_a_token(trace, layer)
-        expected = np.outer(load, load) / max(1.0, tokens)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            lift = np.where(expected > 0, pairs / expected, 0.0)
-        ones, twos = np.triu_indices(len(load), k=1)
+    for layer, (pairs, lift) in enumerate(zip(trace.pairs, lifts(trace), strict=True)):
+        ones, twos = np.triu_indices(len(pairs), k=1)
         for place in np.argsort(lift[ones, twos])[::-1][:most]:
             first, second = int(ones[place]), int(twos[place])
             rows.append(
@@ -265,6 +289,17 @@ def coactivation(trace: Trace, most: int = 8) -> list[Row]:
                 }
             )
     return rows
+
+
+def lifts(trace: Trace) -> Float[np.ndarray, "layers experts experts"]:
+    """How many times as often two experts are chosen together as their loads alone would give."""
+    found = np.zeros(trace.pairs.shape)
+    for layer, pairs in enumerate(trace.pairs):
+        load = np.diag(pairs).astype(float)
+        tokens = trace.counts[:, layer].sum() / _slots_a_token(trace, layer)
+        expected = np.outer(load, load) / max(1.0, tokens)
+        np.divide(pairs, expected, out=found[layer], where=expected > 0)
+    return found
 
 
 def vocabulary_specialization(trace: Trace, decode: Any, most: int = 5) -> list[Row]:
@@ -279,7 +314,7 @@ def vocabulary_specialization(trace: Trace, decode: Any, most: int = 5) -> list[
         ConfigError: the trace does not count words.
     """
     if trace.words is None:
-        raise ConfigError("this trace counts no words: record it with words=True")
+        raise ConfigError("this trace counts no words: record it with words=True (trace --words)")
     rows = []
     for layer, words in enumerate(trace.words):
         seen = words.sum(axis=1, dtype=np.int64)

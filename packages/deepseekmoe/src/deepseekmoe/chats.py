@@ -2,12 +2,14 @@
 
 A conversation is rendered by the chat template turn by turn, and each piece is tokenised on its own:
 the text before a reply, "Assistant:" included, as it stands when the model is to answer, then the
-reply. No token spans the border, so the mask is known and never searched for.
+reply. No token spans the border, so the mask is known and never searched for. Special tokens are the
+template's alone: where somebody spells one in a message, it is plain text.
 """
 
 import logging
+import re
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +99,7 @@ def encode_chat(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> Chat:
         DataError: the template refuses the conversation, or renders its beginning otherwise than
             the whole, so that no reply can be told from what stands before it.
     """
+    turns, spelt = _without_special(turns, tokenizer)
     pieces, done = [], ""
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
@@ -112,10 +115,57 @@ def encode_chat(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> Chat:
         done = after
     ids, reply = [], []
     for text, said in pieces:
-        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = _encode(text, spelt, tokenizer)
         ids += found
         reply += [said] * len(found)
     return Chat(np.asarray(ids, dtype=np.int64), np.asarray(reply, dtype=bool))
+
+
+def encode_question(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """A conversation's tokens as they stand when the model is to answer."""
+    turns, spelt = _without_special(turns, tokenizer)
+    return _encode(_render(turns, tokenizer, ask=True), spelt, tokenizer)
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """The longest first, so that none is taken for a shorter one that it holds."""
+    found = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted(found, key=len, reverse=True)
+
+
+def _without_special(turns: Turns, tokenizer: Any) -> tuple[Turns, dict[str, str]]:
+    """Turns in which a private character stands for each special token that a message spells.
+
+    Returns:
+        The turns, and what the characters stand for; they occur in no message otherwise.
+    """
+    text = "".join(turn["content"] for turn in turns)
+    spelt = [token for token in _special_tokens(tokenizer) if token in text]
+    unused = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in text)
+    marks = dict(zip(spelt, unused, strict=False))
+    changed = []
+    for turn in turns:
+        content = turn["content"]
+        for token, mark in marks.items():
+            content = content.replace(token, mark)
+        changed.append(turn | {"content": content})
+    return changed, {mark: token for token, mark in marks.items()}
+
+
+def _encode(text: str, spelt: Mapping[str, str], tokenizer: Any) -> list[int]:
+    """Tokens of a rendered text: special ones as such, those behind a mark as plain text."""
+    if not any(mark in text for mark in spelt):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = _special_tokens(tokenizer)
+    ids = []
+    for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
+        if part in special:
+            ids.append(tokenizer.convert_tokens_to_ids(part))
+            continue
+        for mark, token in spelt.items():
+            part = part.replace(mark, token)
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
 
 
 def encode_chats(

@@ -82,6 +82,43 @@ def evaluate(
     return Outcome({f"Windows of {length} tokens": rows})
 
 
+@app.command
+def trace(
+    model: str,
+    corpus: Flat[CorpusConfig],
+    config: Flat[EvaluateConfig] = EvaluateConfig(),
+    *,
+    out: Path,
+    words: bool = False,
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Record where a model sends held-out texts, for `analyze` and `esft-select`.
+
+    Args:
+        model: Folder or hub id.
+        out: File of the trace, npz.
+        words: Count by token of the vocabulary too, for `analyze vocabulary`.
+        overwrite: Replace the file.
+    """
+    from octavo.rundir import refuse_existing
+
+    from deepseekmoe.analyze import trace_routing
+
+    refuse_existing(out, overwrite)
+    runtime.start()
+    loaded, tokens, length = model_and_tokens(model, corpus, config, runtime)
+    found = trace_routing(loaded, tokens, length, config.batch_size, words)
+    found.save(out)
+    slots = found.counts[:, 0].sum(axis=-1)
+    rows = [
+        {"domain": name, "layers": len(found.layers), "experts": found.counts.shape[-1],
+         "tokens": int(many) // loaded.config.num_experts_per_tok}
+        for name, many in zip(found.domains, slots, strict=True)
+    ]  # fmt: skip
+    return Outcome({"Traced": rows}, note=f"Next: deepseekmoe analyze coactivation --trace {out}")
+
+
 app.command(analyze)
 
 
@@ -170,9 +207,10 @@ def sft(
 
 @app.command(name="esft-select")
 def esft_select(
-    model: str,
+    model: str | None = None,
     *,
-    data: str,
+    data: str | None = None,
+    trace: Path | None = None,
     out: Path,
     split: str | None = None,
     score: Literal["token", "gate"] = "token",
@@ -188,6 +226,7 @@ def esft_select(
     Args:
         model: Folder or hub id.
         data: The task's chats, as `sft` takes them.
+        trace: File of `deepseekmoe trace`, instead of a model and chats.
         out: File of the selection, JSON as ESFT's authors write it.
         split: Split of a hub id, or of a folder of splits.
         score: An expert's relevance: token (share of the slots) or gate (share of the gates' sum).
@@ -198,16 +237,25 @@ def esft_select(
         batch_size: Windows at a time.
         overwrite: Replace the file.
     """
+    from octavo.errors import ConfigError
     from octavo.rundir import refuse_existing
 
+    from deepseekmoe.analyze import Trace
+    from deepseekmoe.esft import select_experts
     from deepseekmoe.sft import select_for_task
 
     refuse_existing(out, overwrite)
     alone()
     runtime.start()
-    selection, experts = select_for_task(
-        model, data, split, score, p, sample, length, batch_size, runtime
-    )
+    if trace is not None and not (model or data):
+        traced = Trace.load(trace)
+        selection, experts = select_experts(traced, score, p), traced.counts.shape[-1]
+    elif model and data and trace is None:
+        selection, experts = select_for_task(
+            model, data, split, score, p, sample, length, batch_size, runtime
+        )
+    else:
+        raise ConfigError("give either MODEL and --data, or --trace FILE")
     selection.save(out)
     rows = [
         {"layer": layer, "trained": f"{len(chosen)}/{experts}",
@@ -216,7 +264,7 @@ def esft_select(
     ]  # fmt: skip
     return Outcome(
         {"Experts to train": rows},
-        note=f"Next: deepseekmoe sft {model} --data {data} --experts {out}",
+        note=f"Next: deepseekmoe sft {model or 'MODEL'} --data {data or 'CHATS'} --experts {out}",
     )
 
 

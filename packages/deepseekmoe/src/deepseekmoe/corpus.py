@@ -32,6 +32,9 @@ Part = Literal["train", "dev"]
 #: Texts are tokenised in pieces of about so many characters.
 PIECE = 1 << 20
 
+#: Characters that a tokenizer is trained on at the most: of a document, and of all.
+SAMPLE_EACH, SAMPLE = 1 << 24, 1 << 28
+
 
 @dataclass(frozen=True)
 class Document:
@@ -125,30 +128,26 @@ def tokenize(
 
     Args:
         texts: documents.
-        tokenizer: its beginning- and end-of-text tokens frame each document, where it has them.
+        tokenizer: its beginning- and end-of-text tokens frame each document, where it has them;
+            special tokens that a text spells out are plain text.
         folder: for `tokens.bin` and `documents.json`; it appears whole.
 
     Raises:
         DataError: there is no text.
     """
     if not folder.is_dir():
-        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         starts, domains, sizes, total = [], [], [], 0
         with atomic(folder) as temporary, console.counter("tokenising", None, "texts") as advance:
             temporary.mkdir()
             with (temporary / "tokens.bin").open("wb") as file:
                 for document in texts:
-                    ids = [begin] if begin is not None else []
-                    for piece in _pieces(document.text):
-                        ids += tokenizer(piece, add_special_tokens=False, verbose=False)[
-                            "input_ids"
-                        ]
-                    ids += [end] if end is not None else []
-                    np.asarray(ids, dtype=np.uint32).tofile(file)
                     starts.append(total)
                     domains.append(document.domain)
-                    sizes.append(len(document.text.encode()))
-                    total += len(ids)
+                    sizes.append(0)
+                    for ids, size in _encoded(document.text, tokenizer):
+                        np.asarray(ids, dtype=np.uint32).tofile(file)
+                        total += len(ids)
+                        sizes[-1] += size
                     advance(1)
             if not total:
                 raise DataError("there is no text to tokenise; look at --data and --dev-share")
@@ -166,12 +165,31 @@ def load_tokens(folder: Path) -> Tokens:
     return Tokens(values, np.asarray(found["starts"]), found["domains"], np.asarray(found["bytes"]))
 
 
+def _encoded(text: str, tokenizer: Any) -> Iterator[tuple[Sequence[int], int]]:
+    """A document's tokens, frame included, piece by piece; with each the bytes it stands for.
+
+    Only the frame is of special tokens: what a text spells like one is text.
+    """
+    if (begin := tokenizer.bos_token_id) is not None:
+        yield [begin], 0
+    for piece in _pieces(text):
+        found: Any = tokenizer(
+            piece, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        yield found["input_ids"], len(piece.encode())
+    if (end := tokenizer.eos_token_id) is not None:
+        yield [end], 0
+
+
 def _pieces(text: str) -> Iterator[str]:
     """A long text in pieces that end where lines do."""
-    while text:
-        cut = _line_end(text, PIECE) if len(text) > PIECE else len(text)
-        yield text[:cut]
-        text = text[cut:]
+    begin = 0
+    while begin < len(text):
+        end = min(len(text), begin + PIECE)
+        if end < len(text):
+            end = _line_end(text, end)
+        yield text[begin:end]
+        begin = end
 
 
 class Windows:
@@ -258,6 +276,11 @@ def _permutation(seed: int, epoch: int, many: int) -> np.ndarray:
 def train_tokenizer(texts: Iterable[Document], vocabulary: int) -> "PreTrainedTokenizerBase":
     """A byte-level BPE of the texts, with one token that begins and ends them.
 
+    Args:
+        texts: read as a stream; of each document the first `SAMPLE_EACH` characters count, and no
+            more documents are read once `SAMPLE` characters are.
+        vocabulary: tokens in all.
+
     Raises:
         ConfigError: the vocabulary cannot hold the 256 bytes.
     """
@@ -266,4 +289,16 @@ def train_tokenizer(texts: Iterable[Document], vocabulary: int) -> "PreTrainedTo
     if vocabulary < 260:
         raise ConfigError(f"--vocabulary {vocabulary}: must be 260 or more, bytes come first")
     shape = Shape(kind="llama", alphabet="bpe", vocabulary=vocabulary, max_length=10**9)
-    return make_tokenizer([document.text for document in texts], shape)
+    return make_tokenizer(_sample(texts), shape)
+
+
+def _sample(texts: Iterable[Document]) -> Iterator[str]:
+    """What a tokenizer is trained on, in pieces."""
+    room = SAMPLE
+    for document in texts:
+        beginning = document.text[:SAMPLE_EACH]
+        yield from _pieces(beginning)
+        room -= len(beginning)
+        if room <= 0:
+            log.info("the tokenizer is trained on the first %d characters", SAMPLE - room)
+            return

@@ -21,6 +21,7 @@ from octavo.runtime import Runtime
 from deepseekmoe.ablate import SUITES, Cell, train_cells
 from deepseekmoe.analyze import (
     disable_top,
+    lifts,
     specialization,
     swap_shared,
     sweep_active,
@@ -29,7 +30,7 @@ from deepseekmoe.analyze import (
 from deepseekmoe.config import CorpusConfig, ModelConfig, PretrainConfig
 from deepseekmoe.corpus import Tokens, documents, tokenize, train_tokenizer
 from deepseekmoe.domains import domain_texts
-from deepseekmoe.report import demo_report, mean_table
+from deepseekmoe.report import demo_report, models_table
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def run_demo(
     many = f"mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     return Outcome(
         {
-            f"Held-out loss, {many}": mean_table(found, "models"),
+            f"Held-out loss, {many}": models_table(found),
             f"Claims, {many}": [claim.row() for claim in claims],
         },
         note=f"Report: {page} ({seconds:.0f} s)",
@@ -211,6 +212,9 @@ def _run_seed(
     for cell in cells:
         place = RunDir(folder.path / "cells" / cell.name.replace(" ", ""))
         curves["loss"][cell.name] = [(one["step"], one["lm_loss"]) for one in place.metrics()]
+        curves[f"load {cell.name}"] = [
+            {"step": one["step"], "load": one["load"]} for one in place.metrics() if "load" in one
+        ]
     _analyse(by_name, dev, config.length, numbers, tables, curves)
     return Found(numbers, tables, curves)
 
@@ -241,6 +245,8 @@ def _analyse(
         tables["domains"] += [{"model": name} | row for row in rows]
         shares = trace.counts / trace.counts.sum(axis=-1, keepdims=True)
         curves[f"domains {name}"] = {"names": trace.domains, "shares": shares.tolist()}
+        curves[f"lifts {name}"] = lifts(trace).tolist()
+        curves[f"sums {name}"] = [] if trace.sums is None else trace.sums.tolist()
 
 
 def judge(found: Sequence[Mapping[str, float]], margins: Margins = GIVEN) -> list[Claim]:

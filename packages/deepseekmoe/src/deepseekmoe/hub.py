@@ -142,12 +142,11 @@ def continue_text(
     import torch
 
     if chat:
-        turns = [{"role": "user", "content": prompt}]
-        template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
-        prompt = tokenizer.apply_chat_template(
-            turns, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        from deepseekmoe.chats import encode_question
+
+        ids = encode_question([{"role": "user", "content": prompt}], tokenizer)
+    else:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     begin = tokenizer.bos_token_id
     if begin is not None and ids[:1] != [begin]:
         ids = [begin, *ids]
