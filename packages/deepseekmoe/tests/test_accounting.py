@@ -50,6 +50,11 @@ def test_dense_llama_shapes_follow_the_same_rule():
     assert training_flops(dense, 4096) / 1e12 == pytest.approx(183.5, rel=0.035)
 
 
+def test_a_tied_embedding_is_a_product_too():
+    tied = DeepseekMoeConfig.preset("tiny", tie_word_embeddings=True)
+    assert training_flops(tied, 64) == training_flops(DeepseekMoeConfig.preset("tiny"), 64)
+
+
 @pytest.mark.parametrize("preset", ["2b", "tiny"])
 def test_baselines_have_the_papers_budgets(preset):
     assert budget_errors(DeepseekMoeConfig.preset(preset)) == []

@@ -154,12 +154,13 @@ def _cost_row(shape: Any, length: int) -> dict[str, Any]:
 
 
 def mean_rows(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of several seeds' tables, numbers averaged place by place."""
+    """Rows of several seeds' tables, numbers averaged place by place; those that are all equal stay."""
     result = []
     for rows in zip(*tables, strict=True):
         mean = dict(rows[0])
         for key, value in rows[0].items():
-            if isinstance(value, float):
-                mean[key] = sum(row[key] for row in rows) / len(rows)
+            values = [row[key] for row in rows]
+            if isinstance(value, int | float) and len(set(values)) > 1:
+                mean[key] = sum(values) / len(values)
         result.append(mean)
     return result

@@ -110,7 +110,7 @@ def training_flops(config: DeepseekMoeConfig, length: int) -> float:
     """FLOPs of forward and backward over one sequence, by the rule that gives the paper's figures.
 
     6 (active parameters without the input embedding) T + 12 L d T^2: every matrix product thrice, the
-    attention square whole.
+    attention square whole. A tied embedding is the output's matrix, and counts.
 
     Args:
         config: of the model.
@@ -118,7 +118,8 @@ def training_flops(config: DeepseekMoeConfig, length: int) -> float:
     """
     count = count_parameters(config)
     attention = 12 * config.num_hidden_layers * config.hidden_size * length**2
-    return 6.0 * (count.active - count.embedding) * length + attention
+    looked_up = 0 if config.tie_word_embeddings else count.embedding
+    return 6.0 * (count.active - looked_up) * length + attention
 
 
 def memory(config: DeepseekMoeConfig, length: int, bytes_each: int = 2) -> dict[str, float]:

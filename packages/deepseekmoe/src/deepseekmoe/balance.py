@@ -22,6 +22,7 @@ def expert_balance_loss(
     *,
     mask: Bool[Tensor, " tokens"] | None = None,
     sequence_ids: Int[Tensor, " tokens"] | None = None,
+    sequences: int | None = None,
     scope: Scope = "batch",
     group: Any = None,
 ) -> Float[Tensor, ""]:
@@ -35,6 +36,7 @@ def expert_balance_loss(
         ids: the chosen experts.
         mask: which tokens count; all by default.
         sequence_ids: to which sequence each token belongs, from 0; for scope "sequence".
+        sequences: how many there are; by default the device is asked, and waited for.
         scope: statistics of each sequence and then their mean (the released code's default), of the
             whole batch, or f of all processes' batches together and P of this one's, so that the
             processes' losses, weighted by their tokens, sum up to the loss of all tokens.
@@ -43,8 +45,8 @@ def expert_balance_loss(
     Raises:
         ConfigError: the scope is "sequence" and no sequences are given.
     """
-    frequency, mean = _statistics(scores, ids, mask, sequence_ids, scope, group)
-    return _over_sequences((frequency * mean).sum(dim=-1), mask, sequence_ids, scope)
+    frequency, mean, size = _statistics(scores, ids, mask, sequence_ids, sequences, scope, group)
+    return _over_sequences((frequency * mean).sum(dim=-1), size)
 
 
 def device_balance_loss(
@@ -54,6 +56,7 @@ def device_balance_loss(
     *,
     mask: Bool[Tensor, " tokens"] | None = None,
     sequence_ids: Int[Tensor, " tokens"] | None = None,
+    sequences: int | None = None,
     scope: Scope = "batch",
     group: Any = None,
 ) -> Float[Tensor, ""]:
@@ -65,13 +68,14 @@ def device_balance_loss(
         device_of_expert: on which device each expert lies, from 0.
         mask: which tokens count.
         sequence_ids: to which sequence each token belongs.
+        sequences: how many there are.
         scope: as in `expert_balance_loss`.
         group: as in `expert_balance_loss`.
     """
-    frequency, mean = _statistics(scores, ids, mask, sequence_ids, scope, group)
+    frequency, mean, size = _statistics(scores, ids, mask, sequence_ids, sequences, scope, group)
     members = _members(device_of_expert).to(scores.dtype)
     per_device = (frequency @ members / members.sum(dim=0)) * (mean @ members)
-    return _over_sequences(per_device.sum(dim=-1), mask, sequence_ids, scope)
+    return _over_sequences(per_device.sum(dim=-1), size)
 
 
 def communication_loss(
@@ -136,17 +140,20 @@ def _members(device_of_expert: Tensor) -> Tensor:
 
 
 def _statistics(
-    scores: Tensor, ids: Tensor, mask: Tensor | None, sequence_ids: Tensor | None, scope: Scope,
-    group: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """F without and P with gradient: [experts], or [sequences, experts] for the scope "sequence"."""
+    scores: Tensor, ids: Tensor, mask: Tensor | None, sequence_ids: Tensor | None,
+    sequences: int | None, scope: Scope, group: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """F without and P with gradient, and how many tokens they are of.
+
+    [experts], [experts] and []; for the scope "sequence" [sequences, experts] twice and [sequences].
+    """
     tokens, experts = scores.shape
     slots = ids.shape[-1]
     there = torch.ones(tokens, dtype=torch.bool, device=ids.device) if mask is None else mask
     if scope == "sequence":
         if sequence_ids is None:
             raise ConfigError("the scope 'sequence' needs to know each token's sequence")
-        many = int(sequence_ids.max()) + 1 if tokens else 1
+        many = sequences or (int(sequence_ids.max()) + 1 if tokens else 1)
         place = sequence_ids[:, None] * experts + ids
         chosen = place.masked_fill(~there[:, None] | (ids >= experts), many * experts)
         ones = torch.ones_like(chosen.flatten())
@@ -155,9 +162,9 @@ def _statistics(
         size = torch.zeros(many, device=ids.device).index_add(0, sequence_ids, there.float())
         total = torch.zeros(many, experts, device=scores.device, dtype=scores.dtype)
         total = total.index_add(0, sequence_ids, scores * there[:, None])
-        size = size.clamp_min(1)[:, None]
-        frequency = counts * (experts / slots) / size
-        return frequency.to(scores.dtype), total / size
+        each = size.clamp_min(1)[:, None]
+        frequency = counts * (experts / slots) / each
+        return frequency.to(scores.dtype), total / each, size
     counts, size = count_experts(ids, experts, there), there.sum()
     mean = (scores * there[:, None]).sum(dim=0) / size.clamp_min(1)
     if scope == "global" and torch.distributed.is_initialized():
@@ -165,17 +172,12 @@ def _statistics(
         torch.distributed.all_reduce(both, group=group)
         counts, size = both[:-1], both[-1]
     frequency = counts * (experts / slots) / size.clamp_min(1)
-    return frequency.to(scores.dtype), mean
+    return frequency.to(scores.dtype), mean, size
 
 
-def _over_sequences(
-    values: Tensor, mask: Tensor | None, sequence_ids: Tensor | None, scope: Scope
-) -> Tensor:
-    """The mean over sequences that have a token."""
-    if scope != "sequence":
+def _over_sequences(values: Tensor, size: Tensor) -> Tensor:
+    """The mean over sequences that have a token; one value stays as it is."""
+    if not values.dim():
         return values
-    assert sequence_ids is not None
-    there = torch.ones_like(sequence_ids, dtype=torch.bool) if mask is None else mask
-    present = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    present[sequence_ids[there]] = True
+    present = size > 0
     return (values * present).sum() / present.sum().clamp_min(1)

@@ -9,7 +9,7 @@ and the load need is returned, so that recomputation under checkpointing changes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -248,7 +248,7 @@ class DeepseekMoeLayer(nn.Module):
         if config.scoring_func == "sigmoid":
             scores = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         rows = torch.arange(batch, device=logits.device).repeat_interleave(seq)
-        over = {"mask": mask, "sequence_ids": rows, "scope": scope}
+        over: Any = {"mask": mask, "sequence_ids": rows, "sequences": batch, "scope": scope}
         if config.aux_loss_alpha:
             found["expert"] = expert_balance_loss(scores, routing.ids, **over)
         devices = device_map(scores.shape[-1], config.n_devices, logits.device)
