@@ -6,6 +6,7 @@ Everything is imported once; processes are forked from here, and find each other
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -20,7 +21,8 @@ import transformers.models.llama.modeling_llama
 from deepseekmoe.architecture import DeepseekMoeConfig
 from deepseekmoe.cli import app
 from deepseekmoe.config import OptimizeConfig
-from deepseekmoe.corpus import Tokens
+from deepseekmoe.corpus import Document, Tokens, train_tokenizer
+from deepseekmoe.esft import Selection
 from deepseekmoe.evaluate import evaluate_lm
 from deepseekmoe.hub import register
 from deepseekmoe.layer import DeepseekMoeLayer
@@ -37,6 +39,7 @@ from deepseekmoe.parallel import (
 )
 from octavo.cli import run
 from octavo.errors import OctavoError
+from octavo.models import save_model
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, rank, world_size
 from torch.distributed.device_mesh import init_device_mesh
@@ -52,6 +55,7 @@ SIZES: dict[str, Any] = {
     "aux_loss_alpha": 0.1, "device_loss_alpha": 0.1, "z_loss_alpha": 0.01,
 }  # fmt: skip
 EXPERTS = "mlp.experts"
+PEFT = importlib.util.find_spec("peft") is not None
 
 
 def make(**changes: Any) -> Any:
@@ -300,6 +304,40 @@ def diverges(folder: Path) -> Any:
         return refused(lambda: trained(folder / "broken", model=model, expert_parallel=2))
 
 
+def tune(folder: Path, name: str, *words: str) -> Any:
+    """`sft` on four windows a step, however many processes there are."""
+    return command(
+        folder, "sft", str(folder / "base"), "--data", str(folder / "chats.jsonl"), "--out",
+        str(folder / f"sft-{name}"), "--length", "32", "--batch-size", "1", "--epochs", "2",
+        "--accumulate", str(4 // world_size()), "--learning-rate", "1e-2", "--log-every", "1",
+        "--quiet", *words,
+    )  # fmt: skip
+
+
+def tunes_alone(folder: Path) -> Any:
+    experts = str(folder / "experts.json")
+    return [
+        tune(folder, "one"),
+        tune(folder, "one-experts", "--experts", experts),
+        *([tune(folder, "one-lora", "--lora-rank", "2")] if PEFT else []),
+    ]
+
+
+def tunes(folder: Path) -> Any:
+    experts = str(folder / "experts.json")
+    with processes(RUNTIME):
+        return [
+            tune(folder, "two"),
+            tune(folder, "two-divided", "--fsdp", "--expert-parallel", "2"),
+            tune(folder, "two-experts", "--experts", experts),
+            *([tune(folder, "two-lora", "--lora-rank", "2")] if PEFT else []),
+        ]
+
+
+def bad_tuning(folder: Path) -> Any:
+    return tune(folder, "bad", "--experts", str(folder / "experts.json"), "--fsdp")
+
+
 def bad_data(folder: Path) -> Any:
     (folder / "empty").mkdir(exist_ok=True)
     words = ("--data", str(folder / "empty"), "--out", str(folder / "bad"))
@@ -358,15 +396,30 @@ def start(job: Any, count: int, folder: Path) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
+def write_inputs(folder: Path) -> None:
+    """Texts, a model with its tokenizer, chats that it is tuned on, and a choice of its experts."""
+    line = "the cat sees the dog and runs to the tree.\n"
+    (folder / "words.txt").write_text(line * 200)
+    tokenizer = train_tokenizer([Document("words", line * 20)], 270)
+    save_model(folder / "base", make(vocab_size=len(tokenizer)), tokenizer)
+    chats = [{"prompt": "the dog " * (1 + number % 2), "response": f"runs {number}"}
+             for number in range(16)]  # fmt: skip
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    Selection({0: [1, 6], 1: [2]}).save(folder / "experts.json")
+
+
 def main(folder: Path) -> None:
     register()
-    (folder / "words.txt").write_text("the cat sees the dog and runs to the tree.\n" * 200)
+    if PEFT:
+        importlib.import_module("peft")
+    write_inputs(folder)
     codes = {
         job.__name__: start(job, count, folder)
         for job, count in (
             (one, 1), (two, 2), (four, 4), (dies, 4), (resumes, 4), (dies_plain, 2),
             (resumes_on_fewer, 1), (resumes_plain, 2), (diverges, 2), (bad_data, 2),
-            (bad_run, 2), (bad_experts, 2), (bad_command, 2),
+            (bad_run, 2), (bad_experts, 2), (bad_command, 2), (tunes_alone, 1), (tunes, 2),
+            (bad_tuning, 2),
         )
     }  # fmt: skip
     (folder / "codes.json").write_text(json.dumps(codes))

@@ -261,4 +261,5 @@ def whole_model(model: Any) -> Any:
 
     whole: Any = DeepseekMoeForCausalLM(model.config)
     whole.load_state_dict(state)
+    whole.generation_config = model.generation_config
     return whole.eval()
