@@ -228,7 +228,8 @@ def command(folder: Path, *words: str) -> dict[str, Any]:
 def one(folder: Path) -> Any:
     found = {"model": model_gradients(1), "layer": layer_gradients(), "global": global_scope()}
     found["train"] = trained(folder / "one")
-    found["bias"] = trained(folder / "one-bias", model=make(bias_update_rate=0.1))
+    model = make(bias_update_rate=0.1, attention_dropout=0.1)
+    found["bias, dropout"] = trained(folder / "one-bias", model=model)
     found["tied"] = trained(folder / "one-tied", model=make(tie_word_embeddings=True))
     return found
 
@@ -238,7 +239,8 @@ def two(folder: Path) -> Any:
         found: dict[str, Any] = {"model": model_gradients(2), "layer": layer_gradients()}
         found |= {"global": global_scope()}
         found["train"] = trained(folder / "two")
-        found["bias"] = trained(folder / "two-bias", model=make(bias_update_rate=0.1))
+        model = make(bias_update_rate=0.1, attention_dropout=0.1)
+        found["bias, dropout"] = trained(folder / "two-bias", model=model)
         found["fsdp"] = trained(folder / "two-fsdp", fsdp=True)
         tied = make(tie_word_embeddings=True)
         found["tied"] = trained(folder / "two-tied", model=tied, fsdp=True, save_every=3)

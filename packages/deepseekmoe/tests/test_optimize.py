@@ -111,8 +111,21 @@ def test_recomputation_counts_load_once(small, tmp_path):
     assert found[0].equal(found[1])
 
 
-def test_a_run_that_stops_goes_on_bit_by_bit(small, tmp_path):
-    config = small(bias_update_rate=0.01)
+def test_dropout_draws_other_numbers_in_each_part_and_seed(small, tmp_path):
+    def losses(name, **changes):
+        run, runtime = RunDir.open(tmp_path / name, {}), Runtime(device="cpu", **changes)
+        still = options(steps=3, log_every=1, learning_rate=1e-9)
+        model = make(small(attention_dropout=0.5))
+        optimize(model, lambda *_: batches(0, 0, 0), still, run, runtime)
+        return [line["lm_loss"] for line in run.metrics()]
+
+    assert losses("one") == losses("again")
+    assert len(set(losses("two") + losses("three", seed=1))) == 6
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_that_stops_goes_on_bit_by_bit(small, tmp_path, dropout):
+    config = small(bias_update_rate=0.01, attention_dropout=dropout)
     whole = make(config)
     optimize(whole, batches, options(), RunDir.open(tmp_path / "whole", {}), CPU)
     broken = make(config)

@@ -88,7 +88,7 @@ def test_the_global_scope_is_that_of_the_whole_batch(of):
 
 
 @pytest.mark.parametrize(("world", "name", "reference"), [
-    ("two", "train", "train"), ("two", "bias", "bias"), ("two", "fsdp", "train"),
+    ("two", "train", "train"), ("two", "bias, dropout", "bias, dropout"), ("two", "fsdp", "train"),
     ("two", "fsdp recomputing", "train"), ("two", "tied", "tied"), ("two", "experts", "train"),
     ("two", "experts recomputing", "train"), ("four", "experts", "train"), ("four", "both", "train"),
 ])  # fmt: skip

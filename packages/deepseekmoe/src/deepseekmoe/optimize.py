@@ -1,7 +1,8 @@
 """The training loop: AdamW, the paper's schedule, load statistics; it resumes bit by bit.
 
 A loop of its own, because expert parallelism sums gradients over other processes for experts than for
-the rest. Batches are a function of the step alone, so that a resumed run needs no cursor.
+the rest. Batches, and dropout's random numbers, are functions of the step alone, so that a resumed run
+needs no cursor.
 """
 
 import logging
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from octavo import console
 from octavo.errors import ConfigError, ModelError
@@ -145,8 +147,10 @@ def optimize(
             predicted = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
             rows = sum(len(part["labels"]) for part in parts)
             predicted, rows = _summed(torch.tensor([predicted, rows])).tolist()
-            for part in parts:
+            for micro, part in enumerate(parts):
                 part = {key: value.to(device) for key, value in part.items()}
+                if model.config.attention_dropout:
+                    _seed(runtime.seed, (step * config.accumulate + micro) * world_size() + rank())
                 with precision():
                     out = model(
                         **part, num_items_in_batch=max(1, predicted), num_rows_in_batch=rows
@@ -186,6 +190,11 @@ def _summed(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def _seed(seed: int, part: int) -> None:
+    """Draw a part of a batch the same random numbers, whenever and wherever it is computed."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)[0]))
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> Any:
