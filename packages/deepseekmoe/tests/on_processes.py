@@ -36,6 +36,7 @@ from deepseekmoe.parallel import (
     sum_gradients,
     whole_model,
     whole_state,
+    without_weights,
 )
 from octavo.cli import run
 from octavo.errors import OctavoError
@@ -59,9 +60,12 @@ PEFT = importlib.util.find_spec("peft") is not None
 
 
 def make(**changes: Any) -> Any:
-    """A model; its weights are rank 0's once it is spread."""
+    """A model; the last of several processes has it without weights, until it is spread."""
+    config = DeepseekMoeConfig(**(SIZES | changes))
+    if 0 < rank() == world_size() - 1:
+        return without_weights(config)
     torch.manual_seed(rank())
-    model: Any = DeepseekMoeForCausalLM(DeepseekMoeConfig(**(SIZES | changes)))
+    model: Any = DeepseekMoeForCausalLM(config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from octavo.errors import ConfigError
-from octavo.models import save_model
+from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, seed_everything, world_size
 
@@ -22,10 +22,16 @@ from deepseekmoe.checkpoints import discard_checkpoints
 from deepseekmoe.config import OptimizeConfig, SftConfig, TrainingConfig
 from deepseekmoe.corpus import shuffled_batches
 from deepseekmoe.esft import Selection, chosen_layers, freeze_except, select_experts
-from deepseekmoe.hub import CHAT_TEMPLATE, load
+from deepseekmoe.hub import CHAT_TEMPLATE, load, load_moe_config
 from deepseekmoe.lora import add_adapter
 from deepseekmoe.optimize import check_options, optimize
-from deepseekmoe.parallel import check_processes, main_first, processes, whole_model
+from deepseekmoe.parallel import (
+    check_processes,
+    main_first,
+    processes,
+    whole_model,
+    without_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +84,7 @@ def finetune(
         selection = _check(config)
         conversations = load_chats(config.data, config.split)
         seed_everything(runtime.seed)
-        model, tokenizer = _open(source)
+        model, tokenizer = _open(source, is_main() or bool(config.lora_rank or selection))
         length = config.length or min(LONGEST, model.config.max_position_embeddings)
         chats = encode_chats(conversations, tokenizer, config.data)
         packed = PackedChats(chats, length, _padding(tokenizer))
@@ -127,10 +133,13 @@ def _check(config: SftConfig) -> Selection | None:
     return Selection.load(config.experts) if config.experts else None
 
 
-def _open(source: str) -> tuple[Any, Any]:
-    """The model as it was saved, and its tokenizer with the template that will be used."""
-    model, tokenizer = load(source, dtype="auto")
-    assert tokenizer is not None
+def _open(source: str, weights: bool) -> tuple[Any, Any]:
+    """The model as it was saved, or without weights; its tokenizer with the template to be used."""
+    if weights:
+        model, words = load(source, dtype="auto")
+    else:
+        model, words = without_weights(load_moe_config(source)), load_tokenizer(source)
+    tokenizer: Any = words
     tokenizer.chat_template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
     return model, tokenizer
 
