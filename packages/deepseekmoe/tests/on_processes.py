@@ -48,6 +48,7 @@ from torch.distributed.device_mesh import init_device_mesh
 assert transformers.models.llama.modeling_llama
 CPU = torch.device("cpu")
 RUNTIME = Runtime(device="cpu")
+HALF = Runtime(device="cpu", dtype="bfloat16")
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8,
     "num_hidden_layers": 2, "num_attention_heads": 2, "n_shared_experts": 1,
@@ -173,12 +174,18 @@ def batches(step: int, micro: int, process: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def trained(folder: Path, batch: Any = batches, model: Any = None, **changes: Any) -> Any:
+def trained(
+    folder: Path,
+    batch: Any = batches,
+    model: Any = None,
+    runtime: Runtime = RUNTIME,
+    **changes: Any,
+) -> Any:
     """Metrics and weights of a short training."""
     config = options(accumulate=4 // world_size(), max_gradient_norm=0.3, **changes)
     place = RunDir(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = optimize(make() if model is None else model, batch, config, place, RUNTIME)
+    model = optimize(make() if model is None else model, batch, config, place, runtime)
     state = whole_state(model)
     tokens = Tokens(rows(9).flatten().numpy().astype("uint32"), *_one_document(9 * 12))
     found = {"dev": evaluate_lm(model, tokens, 12, 2)["loss"]}
@@ -235,6 +242,7 @@ def one(folder: Path) -> Any:
     model = make(bias_update_rate=0.1, attention_dropout=0.1)
     found["bias, dropout"] = trained(folder / "one-bias", model=model)
     found["tied"] = trained(folder / "one-tied", model=make(tie_word_embeddings=True))
+    found["half"] = trained(folder / "one-half", runtime=HALF)
     return found
 
 
@@ -251,6 +259,13 @@ def two(folder: Path) -> Any:
         found["fsdp recomputing"] = trained(
             folder / "two-fsdp-recomputing", fsdp=True, checkpointing=True
         )
+        model, dtypes = make(), []
+        layer = model.model.layers[1]
+        for part in (layer.self_attn.q_proj, layer.mlp.gate, layer.input_layernorm):
+            part.register_forward_hook(lambda part, *_: dtypes.append(part.weight.dtype))
+        changes = {"fsdp": True, "checkpointing": True}
+        found["half"] = trained(folder / "two-half", model=model, runtime=HALF, **changes)
+        found["dtypes"] = dtypes[:3]
         found["experts"] = trained(folder / "two-ep", expert_parallel=2)
         found["experts recomputing"] = trained(
             folder / "two-ep-recomputing", expert_parallel=2, checkpointing=True
@@ -272,6 +287,7 @@ def four(folder: Path) -> Any:
         found["model of two"] = model_gradients(2)
         found["experts"] = trained(folder / "four-ep", expert_parallel=2)
         found["both"] = trained(folder / "four-both", expert_parallel=2, fsdp=True)
+        found["half"] = trained(folder / "four-half", runtime=HALF, expert_parallel=2, fsdp=True)
         model = make()
         spread(model, options(expert_parallel=4, fsdp=True), CPU)
         found["held"] = held(model)

@@ -129,7 +129,7 @@ def optimize(
         )
     device = runtime.torch_device()
     precision = _autocast(device, runtime.torch_dtype())
-    spread(model, config, device)
+    spread(model, config, device, runtime.torch_dtype())
     if config.checkpointing:
         model.gradient_checkpointing_enable()
     model.train()

@@ -21,12 +21,12 @@ from octavo.errors import ConfigError, OctavoError
 from octavo.runtime import Runtime, is_main, world_size
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from deepseekmoe.architecture import DeepseekMoeConfig
 from deepseekmoe.config import OptimizeConfig
-from deepseekmoe.layer import ExpertBank
+from deepseekmoe.layer import DeepseekMoeGate, ExpertBank
 
 T = TypeVar("T")
 
@@ -127,7 +127,9 @@ def without_weights(config: DeepseekMoeConfig) -> Any:
         return DeepseekMoeForCausalLM(config)
 
 
-def spread(model: Any, config: OptimizeConfig, device: torch.device) -> None:
+def spread(
+    model: Any, config: OptimizeConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
     """Give every process its part of a model, in place and on its device; rank 0's weights win.
 
     Layer by layer, so that a process holds no more than its part and one whole layer.
@@ -137,6 +139,7 @@ def spread(model: Any, config: OptimizeConfig, device: torch.device) -> None:
             be `without_weights`.
         config: says how it is divided.
         device: of this process.
+        dtype: in which layers are computed under FSDP: their slices, float32, travel in it.
 
     Raises:
         ConfigError: it cannot be divided so.
@@ -149,6 +152,7 @@ def spread(model: Any, config: OptimizeConfig, device: torch.device) -> None:
     shape, names = (world_size() // many, many), ("replicas", "peers")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     everyone = init_device_mesh(device.type, (world_size(),)) if config.fsdp else None
+    policy = _policy(dtype)
     inside = {module for layer in layers for module in layer.modules()}
     for layer in layers:
         _receive(list(layer.modules()), device)
@@ -156,17 +160,36 @@ def spread(model: Any, config: OptimizeConfig, device: torch.device) -> None:
         for bank in banks:
             bank.divide(mesh["peers"].get_group(), mesh["replicas"].get_group())
             if everyone is not None:
-                fully_shard(bank, mesh=mesh["replicas"])
+                fully_shard(bank, mesh=mesh["replicas"], mp_policy=policy)
         if everyone is not None:
-            fully_shard(layer, mesh=everyone)
+            if dtype != torch.float32:
+                fully_shard(_exact(layer), mesh=everyone)
+            fully_shard(layer, mesh=everyone, mp_policy=policy)
     _receive([module for module in model.modules() if module not in inside], device)
     model.tie_weights()
     if everyone is not None:
         fully_shard(model, mesh=everyone)
+        if dtype != torch.float32:  # for whoever calls it after the training, too
+            model.forward = torch.autocast(device.type, dtype)(model.forward)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # a sum: losses are shares already
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Weights in this precision and gradients in float32; what autocast computes stays the same."""
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _exact(layer: nn.Module) -> list[nn.Module]:
+    """A layer's norms and gate, whose weights autocast leaves in float32."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    kinds = LlamaRMSNorm, DeepseekMoeGate
+    return [module for module in layer.modules() if isinstance(module, kinds)]
 
 
 def _receive(modules: list[nn.Module], device: torch.device) -> None:
