@@ -6,6 +6,7 @@ Everything is imported once; processes are forked from here, and find each other
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -20,7 +21,8 @@ import transformers.models.llama.modeling_llama
 from deepseekmoe.architecture import DeepseekMoeConfig
 from deepseekmoe.cli import app
 from deepseekmoe.config import OptimizeConfig
-from deepseekmoe.corpus import Tokens
+from deepseekmoe.corpus import Document, Tokens, train_tokenizer
+from deepseekmoe.esft import Selection
 from deepseekmoe.evaluate import evaluate_lm
 from deepseekmoe.hub import register
 from deepseekmoe.layer import DeepseekMoeLayer
@@ -34,9 +36,11 @@ from deepseekmoe.parallel import (
     sum_gradients,
     whole_model,
     whole_state,
+    without_weights,
 )
 from octavo.cli import run
 from octavo.errors import OctavoError
+from octavo.models import save_model
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, rank, world_size
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,6 +48,7 @@ from torch.distributed.device_mesh import init_device_mesh
 assert transformers.models.llama.modeling_llama
 CPU = torch.device("cpu")
 RUNTIME = Runtime(device="cpu")
+HALF = Runtime(device="cpu", dtype="bfloat16")
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8,
     "num_hidden_layers": 2, "num_attention_heads": 2, "n_shared_experts": 1,
@@ -52,12 +57,16 @@ SIZES: dict[str, Any] = {
     "aux_loss_alpha": 0.1, "device_loss_alpha": 0.1, "z_loss_alpha": 0.01,
 }  # fmt: skip
 EXPERTS = "mlp.experts"
+PEFT = importlib.util.find_spec("peft") is not None
 
 
 def make(**changes: Any) -> Any:
-    """A model; its weights are rank 0's once it is spread."""
+    """A model; the last of several processes has it without weights, until it is spread."""
+    config = DeepseekMoeConfig(**(SIZES | changes))
+    if 0 < rank() == world_size() - 1:
+        return without_weights(config)
     torch.manual_seed(rank())
-    model: Any = DeepseekMoeForCausalLM(DeepseekMoeConfig(**(SIZES | changes)))
+    model: Any = DeepseekMoeForCausalLM(config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -165,12 +174,18 @@ def batches(step: int, micro: int, process: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def trained(folder: Path, batch: Any = batches, model: Any = None, **changes: Any) -> Any:
+def trained(
+    folder: Path,
+    batch: Any = batches,
+    model: Any = None,
+    runtime: Runtime = RUNTIME,
+    **changes: Any,
+) -> Any:
     """Metrics and weights of a short training."""
     config = options(accumulate=4 // world_size(), max_gradient_norm=0.3, **changes)
     place = RunDir(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = optimize(make() if model is None else model, batch, config, place, RUNTIME)
+    model = optimize(make() if model is None else model, batch, config, place, runtime)
     state = whole_state(model)
     tokens = Tokens(rows(9).flatten().numpy().astype("uint32"), *_one_document(9 * 12))
     found = {"dev": evaluate_lm(model, tokens, 12, 2)["loss"]}
@@ -224,8 +239,10 @@ def command(folder: Path, *words: str) -> dict[str, Any]:
 def one(folder: Path) -> Any:
     found = {"model": model_gradients(1), "layer": layer_gradients(), "global": global_scope()}
     found["train"] = trained(folder / "one")
-    found["bias"] = trained(folder / "one-bias", model=make(bias_update_rate=0.1))
+    model = make(bias_update_rate=0.1, attention_dropout=0.1)
+    found["bias, dropout"] = trained(folder / "one-bias", model=model)
     found["tied"] = trained(folder / "one-tied", model=make(tie_word_embeddings=True))
+    found["half"] = trained(folder / "one-half", runtime=HALF)
     return found
 
 
@@ -234,13 +251,21 @@ def two(folder: Path) -> Any:
         found: dict[str, Any] = {"model": model_gradients(2), "layer": layer_gradients()}
         found |= {"global": global_scope()}
         found["train"] = trained(folder / "two")
-        found["bias"] = trained(folder / "two-bias", model=make(bias_update_rate=0.1))
+        model = make(bias_update_rate=0.1, attention_dropout=0.1)
+        found["bias, dropout"] = trained(folder / "two-bias", model=model)
         found["fsdp"] = trained(folder / "two-fsdp", fsdp=True)
         tied = make(tie_word_embeddings=True)
         found["tied"] = trained(folder / "two-tied", model=tied, fsdp=True, save_every=3)
         found["fsdp recomputing"] = trained(
             folder / "two-fsdp-recomputing", fsdp=True, checkpointing=True
         )
+        model, dtypes = make(), []
+        layer = model.model.layers[1]
+        for part in (layer.self_attn.q_proj, layer.mlp.gate, layer.input_layernorm):
+            part.register_forward_hook(lambda part, *_: dtypes.append(part.weight.dtype))
+        changes = {"fsdp": True, "checkpointing": True}
+        found["half"] = trained(folder / "two-half", model=model, runtime=HALF, **changes)
+        found["dtypes"] = dtypes[:3]
         found["experts"] = trained(folder / "two-ep", expert_parallel=2)
         found["experts recomputing"] = trained(
             folder / "two-ep-recomputing", expert_parallel=2, checkpointing=True
@@ -262,6 +287,7 @@ def four(folder: Path) -> Any:
         found["model of two"] = model_gradients(2)
         found["experts"] = trained(folder / "four-ep", expert_parallel=2)
         found["both"] = trained(folder / "four-both", expert_parallel=2, fsdp=True)
+        found["half"] = trained(folder / "four-half", runtime=HALF, expert_parallel=2, fsdp=True)
         model = make()
         spread(model, options(expert_parallel=4, fsdp=True), CPU)
         found["held"] = held(model)
@@ -298,6 +324,40 @@ def diverges(folder: Path) -> Any:
     model.model.layers[1].mlp.shared_experts.down_proj.weight.data.fill_(torch.inf)
     with processes(RUNTIME):
         return refused(lambda: trained(folder / "broken", model=model, expert_parallel=2))
+
+
+def tune(folder: Path, name: str, *words: str) -> Any:
+    """`sft` on four windows a step, however many processes there are."""
+    return command(
+        folder, "sft", str(folder / "base"), "--data", str(folder / "chats.jsonl"), "--out",
+        str(folder / f"sft-{name}"), "--length", "32", "--batch-size", "1", "--epochs", "2",
+        "--accumulate", str(4 // world_size()), "--learning-rate", "1e-2", "--log-every", "1",
+        "--quiet", *words,
+    )  # fmt: skip
+
+
+def tunes_alone(folder: Path) -> Any:
+    experts = str(folder / "experts.json")
+    return [
+        tune(folder, "one"),
+        tune(folder, "one-experts", "--experts", experts),
+        *([tune(folder, "one-lora", "--lora-rank", "2")] if PEFT else []),
+    ]
+
+
+def tunes(folder: Path) -> Any:
+    experts = str(folder / "experts.json")
+    with processes(RUNTIME):
+        return [
+            tune(folder, "two"),
+            tune(folder, "two-divided", "--fsdp", "--expert-parallel", "2"),
+            tune(folder, "two-experts", "--experts", experts),
+            *([tune(folder, "two-lora", "--lora-rank", "2")] if PEFT else []),
+        ]
+
+
+def bad_tuning(folder: Path) -> Any:
+    return tune(folder, "bad", "--experts", str(folder / "experts.json"), "--fsdp")
 
 
 def bad_data(folder: Path) -> Any:
@@ -358,15 +418,30 @@ def start(job: Any, count: int, folder: Path) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
+def write_inputs(folder: Path) -> None:
+    """Texts, a model with its tokenizer, chats that it is tuned on, and a choice of its experts."""
+    line = "the cat sees the dog and runs to the tree.\n"
+    (folder / "words.txt").write_text(line * 200)
+    tokenizer = train_tokenizer([Document("words", line * 20)], 270)
+    save_model(folder / "base", make(vocab_size=len(tokenizer)), tokenizer)
+    chats = [{"prompt": "the dog " * (1 + number % 2), "response": f"runs {number}"}
+             for number in range(16)]  # fmt: skip
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    Selection({0: [1, 6], 1: [2]}).save(folder / "experts.json")
+
+
 def main(folder: Path) -> None:
     register()
-    (folder / "words.txt").write_text("the cat sees the dog and runs to the tree.\n" * 200)
+    if PEFT:
+        importlib.import_module("peft")
+    write_inputs(folder)
     codes = {
         job.__name__: start(job, count, folder)
         for job, count in (
             (one, 1), (two, 2), (four, 4), (dies, 4), (resumes, 4), (dies_plain, 2),
             (resumes_on_fewer, 1), (resumes_plain, 2), (diverges, 2), (bad_data, 2),
-            (bad_run, 2), (bad_experts, 2), (bad_command, 2),
+            (bad_run, 2), (bad_experts, 2), (bad_command, 2), (tunes_alone, 1), (tunes, 2),
+            (bad_tuning, 2),
         )
     }  # fmt: skip
     (folder / "codes.json").write_text(json.dumps(codes))

@@ -10,6 +10,7 @@ from deepseekmoe.balance import (
     device_map,
     expert_balance_loss,
     max_violation,
+    relative_load,
     router_z_loss,
     update_bias,
 )
@@ -150,6 +151,11 @@ def test_the_bias_moves_against_the_load():
     bias = torch.zeros(4)
     update_bias(bias, torch.tensor([10, 0, 5, 5]), 1e-3)
     assert bias.tolist() == pytest.approx([-1e-3, 1e-3, 0, 0])
+
+
+def test_relative_load():
+    counts = torch.tensor([[4, 4, 4, 4], [12, 0, 3, 1], [0, 0, 0, 0]])
+    assert relative_load(counts).tolist() == [[1, 1, 1, 1], [3, 0, 0.75, 0.25], [0, 0, 0, 0]]
 
 
 def test_max_violation():

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from deepseekmoe import hub
+from deepseekmoe.hub import load, save
+from deepseekmoe.layer import moe_layers
+from deepseekmoe.modeling import DeepseekMoeForCausalLM
 from octavo.errors import ModelError
 from octavo.models import load_model, load_tokenizer
 from safetensors.torch import load_file
@@ -215,3 +218,14 @@ def test_convert_writes_precision_and_shards(command, trained, tmp_path):
     assert (code, err.count("\n")) == (2, 1)
     assert "--max-shard-size small: must be like 5GB" in err
     assert (out / "config.json").is_file()
+
+
+def test_the_selection_bias_stays_exact_in_half_precision(small, tmp_path):
+    model = DeepseekMoeForCausalLM(small(bias_update_rate=1e-3))
+    for layer in moe_layers(model):
+        layer.gate.e_score_correction_bias += 1.001  # no number of bfloat16
+    save(tmp_path / "model", model)
+    half, _ = load(tmp_path / "model", tokenizer=False, dtype=torch.bfloat16)
+    for layer in moe_layers(half):
+        assert layer.gate.weight.dtype == torch.bfloat16
+        assert float(layer.gate.e_score_correction_bias[0]) == pytest.approx(1.001, abs=1e-6)

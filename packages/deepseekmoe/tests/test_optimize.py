@@ -86,7 +86,12 @@ def test_metrics_tell_the_load(small, tmp_path):
     optimize(make(small(first_k_dense_replace=0)), batches, options(), run, CPU)
     lines = run.metrics()
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert all(len(line["max_violation"]) == len(line["dead_experts"]) == 2 for line in lines)
+    for line in lines:
+        load = torch.tensor(line["load"])
+        assert load.shape == (2, 8)
+        assert load.mean(dim=-1).tolist() == pytest.approx([1, 1], abs=1e-3)
+        assert line["max_violation"] == pytest.approx((load.amax(dim=-1) - 1).tolist(), abs=1e-3)
+        assert line["dead_experts"] == (load == 0).sum(dim=-1).tolist()
     assert lines[0]["lm_loss"] == pytest.approx(math.log(300), rel=0.1)
     assert lines[-1]["loss"] > lines[-1]["lm_loss"]
     assert lines[-1]["tokens_per_second"] > 0
@@ -111,10 +116,24 @@ def test_recomputation_counts_load_once(small, tmp_path):
     assert found[0].equal(found[1])
 
 
-def test_a_run_that_stops_goes_on_bit_by_bit(small, tmp_path):
-    config = small(bias_update_rate=0.01)
-    whole = make(config)
-    optimize(whole, batches, options(), RunDir.open(tmp_path / "whole", {}), CPU)
+def test_dropout_draws_other_numbers_in_each_part_and_seed(small, tmp_path):
+    def losses(name, **changes):
+        run, runtime = RunDir.open(tmp_path / name, {}), Runtime(device="cpu", **changes)
+        still = options(steps=3, log_every=1, learning_rate=1e-9)
+        model = make(small(attention_dropout=0.5))
+        optimize(model, lambda *_: batches(0, 0, 0), still, run, runtime)
+        return [line["lm_loss"] for line in run.metrics()]
+
+    assert losses("one") == losses("again")
+    assert len(set(losses("two") + losses("three", seed=1))) == 6
+
+
+@pytest.mark.parametrize(("dropout", "log_every"), [(0.0, 2), (0.1, 3)])
+def test_a_run_that_stops_goes_on_bit_by_bit(small, tmp_path, dropout, log_every):
+    config = small(bias_update_rate=0.01, attention_dropout=dropout)
+    lines = {"log_every": log_every}  # the checkpoint of step 4 lies at a line, or between two
+    whole, unbroken = make(config), RunDir.open(tmp_path / "whole", {})
+    optimize(whole, batches, options(**lines), unbroken, CPU)
     broken = make(config)
 
     def dying(step, micro, process):
@@ -124,15 +143,19 @@ def test_a_run_that_stops_goes_on_bit_by_bit(small, tmp_path):
 
     run = RunDir.open(tmp_path / "run", {})
     with pytest.raises(KeyboardInterrupt):
-        optimize(broken, dying, options(save_every=2), run, CPU)
+        optimize(broken, dying, options(save_every=2, **lines), run, CPU)
     assert [path.name for path in (run.path / "checkpoints" / "train").iterdir()] == ["step-4"]
     resumed = make(config)
-    optimize(resumed, batches, options(save_every=2), run, CPU)
+    optimize(resumed, batches, options(save_every=2, **lines), run, CPU)
     for (name, one), two in zip(
         whole.state_dict().items(), resumed.state_dict().values(), strict=True
     ):
         assert one.equal(two), name
-    assert [line["step"] for line in run.metrics()] == [2, 4, 6]
+    assert [line["step"] for line in run.metrics()] == list(range(log_every, 7, log_every))
+    for one, two in zip(unbroken.metrics(), run.metrics(), strict=True):
+        assert one.pop("tokens_per_second") > 0
+        assert two.pop("tokens_per_second") > 0
+        assert one == two
 
 
 def test_a_half_written_checkpoint_is_left_alone(small, tmp_path):

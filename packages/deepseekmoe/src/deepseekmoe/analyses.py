@@ -166,7 +166,7 @@ def alone() -> None:
     from octavo.runtime import world_size
 
     if world_size() > 1:
-        raise ConfigError("only `train` runs under torchrun; start this command alone")
+        raise ConfigError("only `train` and `sft` run under torchrun; start this command alone")
 
 
 def model_and_tokens(

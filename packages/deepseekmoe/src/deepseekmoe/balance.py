@@ -129,10 +129,15 @@ def update_bias(
     bias += rate * (counts.mean(dim=-1, keepdim=True) - counts).sign()
 
 
+def relative_load(counts: Int[Tensor, "*layers experts"]) -> Float[Tensor, "*layers experts"]:
+    """Each expert's share of the slots times the number of experts; 1 is the mean load."""
+    counts = counts.double()
+    return counts / counts.mean(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 def max_violation(counts: Int[Tensor, "*layers experts"]) -> Float[Tensor, "*layers"]:
     """MaxVio: the largest load over the mean load, minus 1; 0 is perfect balance."""
-    counts = counts.double()
-    return counts.amax(dim=-1) / counts.mean(dim=-1).clamp_min(1e-12) - 1
+    return relative_load(counts).amax(dim=-1) - 1
 
 
 def _members(device_of_expert: Tensor) -> Tensor:

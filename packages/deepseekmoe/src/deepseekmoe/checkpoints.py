@@ -26,9 +26,14 @@ log = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Any, config: OptimizeConfig
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Any,
+    config: OptimizeConfig,
+    meter: dict[str, Any],
 ) -> None:
-    """Write weights, optimizer and step; earlier checkpoints go once this one is whole.
+    """Write weights, optimizer, step and meter; earlier checkpoints go once this one is whole.
 
     Args:
         folder: of the training's checkpoints; on several machines, one that all of them see.
@@ -36,6 +41,7 @@ def save_checkpoint(
         model: on every process its part.
         optimizer: of these parts.
         config: says how many parts there are.
+        meter: what metrics were counted since the last line of them; plain values.
     """
     final = folder / f"step-{step}"
     if not is_main():
@@ -49,7 +55,8 @@ def save_checkpoint(
         if world_size() > 1:
             dist.broadcast_object_list([temporary], src=0)
         _write_part(temporary, model, optimizer, config)
-        write_json(temporary / "state.json", {"step": step, "processes": world_size()})
+        state = {"step": step, "processes": world_size(), "meter": meter}
+        write_json(temporary / "state.json", state)
         if world_size() > 1:
             dist.barrier()
     for old in folder.glob("step-*"):
@@ -57,15 +64,20 @@ def save_checkpoint(
             shutil.rmtree(old)
 
 
-def resume(folder: Path, model: nn.Module, optimizer: Any, config: OptimizeConfig) -> int:
-    """Load the newest checkpoint; gives the step to go on at, 0 where there is none.
+def resume(
+    folder: Path, model: nn.Module, optimizer: Any, config: OptimizeConfig
+) -> tuple[int, dict[str, Any]]:
+    """Load the newest checkpoint.
+
+    Returns:
+        The step to go on at and what the meter had counted; 0 and nothing where there is none.
 
     Raises:
         ConfigError: it was written by another number of processes, so that batches would differ.
     """
     there = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
     if not there:
-        return 0
+        return 0, {}
     newest = max(there, key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     if state["processes"] != world_size():
@@ -86,7 +98,7 @@ def resume(folder: Path, model: nn.Module, optimizer: Any, config: OptimizeConfi
             values[name] = _like(value, held[number])
     optimizer.load_state_dict(moments)
     log.info("resumed at step %d", state["step"])
-    return int(state["step"])
+    return int(state["step"]), state["meter"]
 
 
 def discard_checkpoints(run: RunDir, name: str = "train") -> None:

@@ -171,19 +171,23 @@ def sft(
 ) -> Outcome:
     """Tune a model on chats: all weights, a LoRA adapter, or the experts that the task uses.
 
-    The balance losses stay on with the alphas of the model's own configuration.
+    Under torchrun it runs on several processes. The balance losses stay on with the alphas of the
+    model's own configuration.
 
     Args:
         model: Folder or hub id, in the layout of deepseek-moe-16b-base.
     """
     from octavo.rundir import RunDir, options_of
 
+    from deepseekmoe.parallel import main_first, processes
     from deepseekmoe.sft import finetune
 
-    alone()
     runtime.start()
     options = options_of({"model": model}, config, runtime)
-    with RunDir.open(config.out, options, config.overwrite) as opened:
+    with (
+        processes(runtime),
+        main_first(lambda: RunDir.open(config.out, options, config.overwrite)) as opened,
+    ):
         tuned = finetune(model, config, opened, runtime)
         packed, lines = tuned.packed, opened.metrics()
         row = {

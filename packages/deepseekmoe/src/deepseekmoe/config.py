@@ -79,11 +79,8 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizeConfig:
-    """How weights are optimised: AdamW, betas 0.9 and 0.95, as the paper."""
-
-    steps: int = 600
-    """Updates."""
+class TrainingConfig:
+    """What every training has: batches, AdamW with betas 0.9 and 0.95, checkpoints, processes."""
 
     batch_size: int = 16
     """Sequences a step and process."""
@@ -93,12 +90,6 @@ class OptimizeConfig:
 
     learning_rate: float = 3e-3
     """Peak learning rate."""
-
-    schedule: Schedule = "step"
-    """step (times 0.316 at 80 % and 90 %, the paper's), cosine or constant, behind the warm-up."""
-
-    warmup_steps: int = 50
-    """Updates in which the learning rate rises."""
 
     weight_decay: float = 0.1
     """AdamW's decay of matrices; norms have none."""
@@ -123,6 +114,20 @@ class OptimizeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizeConfig(TrainingConfig):
+    """A training of so many updates, with its schedule."""
+
+    steps: int = 600
+    """Updates."""
+
+    schedule: Schedule = "step"
+    """step (times 0.316 at 80 % and 90 %, the paper's), cosine or constant, behind the warm-up."""
+
+    warmup_steps: int = 50
+    """Updates in which the learning rate rises."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(OptimizeConfig):
     """Where a pre-training goes, and what it reads."""
 
@@ -143,7 +148,7 @@ class PretrainConfig(OptimizeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig:
+class SftConfig(TrainingConfig):
     """Which chats a model is tuned on, and how; the rate and its schedule are the paper's."""
 
     data: str
@@ -170,26 +175,8 @@ class SftConfig:
     batch_size: int = 8
     """Windows a step and process."""
 
-    accumulate: int = 1
-    """Batches whose gradients are added up before an update."""
-
     learning_rate: float = 1e-5
     """Constant learning rate."""
-
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices; norms have none."""
-
-    max_gradient_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-
-    save_every: int = 200
-    """Updates between two checkpoints to resume from; 0 for none."""
-
-    log_every: int = 20
-    """Updates between two lines of metrics.jsonl."""
-
-    checkpointing: bool = False
-    """Recompute layers in the backward pass instead of keeping their states."""
 
     overwrite: bool = False
     """Start anew where a run already lies."""

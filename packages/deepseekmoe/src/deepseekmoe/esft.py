@@ -116,7 +116,7 @@ def freeze_except(model: nn.Module, selection: Selection) -> Iterator[None]:
     Raises:
         ConfigError: the selection names a layer or an expert that the model has not.
     """
-    layers = _layers(model, selection)
+    layers = chosen_layers(model, selection)
     before = {name: weight.requires_grad for name, weight in model.named_parameters()}
     for name, weight in model.named_parameters():
         shared, routed = "shared_experts." in name, ".experts." in name
@@ -139,7 +139,12 @@ def freeze_except(model: nn.Module, selection: Selection) -> Iterator[None]:
             weight.requires_grad_(before[name])
 
 
-def _layers(model: Any, selection: Selection) -> list[tuple[Any, list[int]]]:
+def chosen_layers(model: Any, selection: Selection) -> list[tuple[Any, list[int]]]:
+    """The layers that a selection names, each with the numbers of its chosen experts.
+
+    Raises:
+        ConfigError: the model has no such layer or expert, or nothing is chosen.
+    """
     numbers, layers = model.config.moe_layers, moe_layers(model)
     known = dict(zip(numbers, layers, strict=False)) if layers else {}
     experts = int(model.config.n_routed_experts or 0)

@@ -104,6 +104,7 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
     config: DeepseekMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012 - steps of 1e-3
     _no_split_modules = ["DeepseekMoeDecoderLayer"]  # noqa: RUF012 - as the library has it
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True

@@ -1,7 +1,8 @@
 """The training loop: AdamW, the paper's schedule, load statistics; it resumes bit by bit.
 
 A loop of its own, because expert parallelism sums gradients over other processes for experts than for
-the rest. Batches are a function of the step alone, so that a resumed run needs no cursor.
+the rest. Batches, and dropout's random numbers, are functions of the step alone, so that a resumed run
+needs no cursor.
 """
 
 import logging
@@ -11,14 +12,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from octavo import console
 from octavo.errors import ConfigError, ModelError
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, rank, world_size
 from torch import Tensor, nn
 
-from deepseekmoe.balance import max_violation, update_bias
+from deepseekmoe.balance import max_violation, relative_load, update_bias
 from deepseekmoe.checkpoints import resume, save_checkpoint
 from deepseekmoe.config import OptimizeConfig
 from deepseekmoe.layer import moe_layers
@@ -126,15 +129,15 @@ def optimize(
         )
     device = runtime.torch_device()
     precision = _autocast(device, runtime.torch_dtype())
-    spread(model, config, device)
+    spread(model, config, device, runtime.torch_dtype())
     if config.checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     optimizer = make_optimizer(model, config)
     folder = run.path / "checkpoints" / name
-    begin = main_first(lambda: resume(folder, model, optimizer, config))
+    begin, told = main_first(lambda: resume(folder, model, optimizer, config))
     run.forget(lambda line: line.get("training") != name or line.get("step", 0) <= begin)
-    meter = _Meter()
+    meter = _Meter(told)
     with console.counter(f"training {name}", config.steps, "steps") as advance:
         advance(begin)
         for step in range(begin, config.steps):
@@ -145,8 +148,10 @@ def optimize(
             predicted = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
             rows = sum(len(part["labels"]) for part in parts)
             predicted, rows = _summed(torch.tensor([predicted, rows])).tolist()
-            for part in parts:
+            for micro, part in enumerate(parts):
                 part = {key: value.to(device) for key, value in part.items()}
+                if model.config.attention_dropout:
+                    _seed(runtime.seed, (step * config.accumulate + micro) * world_size() + rank())
                 with precision():
                     out = model(
                         **part, num_items_in_batch=max(1, predicted), num_rows_in_batch=rows
@@ -159,15 +164,13 @@ def optimize(
                 _explain_break(model, parts, device, step, precision)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            counts = _summed(meter.step_counts)
-            balance_bias(model, counts)
-            meter.end_of_step(counts)
+            balance_bias(model, meter.end_of_step())
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 run.log(training=name, step=done, learning_rate=rate, gradient_norm=norm,
                         **meter.read())  # fmt: skip
             if config.save_every and done % config.save_every == 0 and done < config.steps:
-                save_checkpoint(folder, done, model, optimizer, config)
+                save_checkpoint(folder, done, model, optimizer, config, meter.state())
             advance(1)
     return model.eval()
 
@@ -188,6 +191,11 @@ def _summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _seed(seed: int, part: int) -> None:
+    """Draw a part of a batch the same random numbers, whenever and wherever it is computed."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)[0]))
+
+
 def _autocast(device: torch.device, dtype: torch.dtype) -> Any:
     if dtype == torch.float32:
         return nullcontext
@@ -195,36 +203,61 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 class _Meter:
-    """Losses, load and speed since they were last read."""
+    """Losses, load and speed of all processes since they were last read.
 
-    def __init__(self) -> None:
-        self.step_counts = torch.zeros(0, 0, dtype=torch.long)
+    Args:
+        state: of a meter whose training stopped; empty for a new one.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._begin_step()
         self._clear()
+        if state:
+            self.steps, self.sums = state["steps"], torch.tensor(state["sums"], dtype=torch.double)
+            self.counts = torch.tensor(state["counts"], dtype=torch.long)
+            self.since -= state["seconds"]
 
     def _clear(self) -> None:
-        self.loss = self.lm_loss = 0.0
-        self.steps = self.tokens = 0
+        self.steps = 0
+        self.sums = torch.zeros(3, dtype=torch.double)  # loss, lm_loss, tokens
         self.counts: Tensor | None = None
         self.since = time.perf_counter()
 
-    def add(self, out: Any, batch: Batch) -> None:
-        fresh = not len(self.step_counts)
-        self.step_counts = out.counts if fresh else self.step_counts + out.counts
-        self.loss += float(out.loss.detach())
-        self.lm_loss += float(out.lm_loss.detach())
-        self.tokens += batch["labels"].numel()
+    def _begin_step(self) -> None:
+        self.step_sums = torch.zeros(3, dtype=torch.double)
+        self.step_counts: Tensor | None = None
 
-    def end_of_step(self, counts: Tensor) -> None:
+    def add(self, out: Any, batch: Batch) -> None:
+        """Count a part of this process's batch."""
+        many = self.step_counts
+        self.step_counts = out.counts if many is None else many + out.counts
+        found = float(out.loss.detach()), float(out.lm_loss.detach()), batch["labels"].numel()
+        self.step_sums += torch.tensor(found, dtype=torch.double)
+
+    def end_of_step(self) -> Int[Tensor, "layers experts"]:
+        """Add up the step over all processes, each of which calls it; gives the step's load."""
+        assert self.step_counts is not None
+        counts = _summed(self.step_counts).cpu()
         self.counts = counts if self.counts is None else self.counts + counts
-        self.step_counts = torch.zeros(0, 0, dtype=torch.long)
+        self.sums += _summed(self.step_sums)
         self.steps += 1
+        self._begin_step()
+        return counts
+
+    def state(self) -> dict[str, Any]:
+        """What a meter goes on from, in plain values; empty where nothing was counted."""
+        if self.counts is None:
+            return {}
+        return {
+            "steps": self.steps, "sums": self.sums.tolist(), "counts": self.counts.tolist(),
+            "seconds": time.perf_counter() - self.since,
+        }  # fmt: skip
 
     def read(self) -> dict[str, Any]:
-        """A line of metrics, of all processes together; each of them calls it."""
+        """A line of metrics; the meter begins anew."""
         assert self.counts is not None
         seconds = time.perf_counter() - self.since
-        sums = torch.tensor([self.loss, self.lm_loss, self.tokens], dtype=torch.float64)
-        loss, lm_loss, tokens = _summed(sums).tolist()
+        loss, lm_loss, tokens = self.sums.tolist()
         line = {
             "loss": loss / self.steps,
             "lm_loss": lm_loss / self.steps,
@@ -232,11 +265,16 @@ class _Meter:
         }
         if self.counts.numel():
             line |= {
-                "max_violation": [round(value, 4) for value in max_violation(self.counts).tolist()],
+                "max_violation": _rounded(max_violation(self.counts), 4),
                 "dead_experts": (self.counts == 0).sum(dim=-1).tolist(),
+                "load": _rounded(relative_load(self.counts), 3),
             }
         self._clear()
         return line
+
+
+def _rounded(values: Tensor, digits: int) -> list[Any]:
+    return values.round(decimals=digits).tolist()
 
 
 @torch.no_grad()

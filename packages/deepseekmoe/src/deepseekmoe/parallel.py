@@ -21,10 +21,12 @@ from octavo.errors import ConfigError, OctavoError
 from octavo.runtime import Runtime, is_main, world_size
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from deepseekmoe.architecture import DeepseekMoeConfig
 from deepseekmoe.config import OptimizeConfig
-from deepseekmoe.layer import ExpertBank
+from deepseekmoe.layer import DeepseekMoeGate, ExpertBank
 
 T = TypeVar("T")
 
@@ -117,13 +119,27 @@ def check_processes(config: OptimizeConfig, experts: int | None = None) -> None:
         )
 
 
-def spread(model: Any, config: OptimizeConfig, device: torch.device) -> None:
+def without_weights(config: DeepseekMoeConfig) -> Any:
+    """A model on the meta device, in which there are no numbers: `spread` gives it rank 0's."""
+    from deepseekmoe.modeling import DeepseekMoeForCausalLM
+
+    with torch.device("meta"):
+        return DeepseekMoeForCausalLM(config)
+
+
+def spread(
+    model: Any, config: OptimizeConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
     """Give every process its part of a model, in place and on its device; rank 0's weights win.
 
+    Layer by layer, so that a process holds no more than its part and one whole layer.
+
     Args:
-        model: whole, with the same configuration on every process.
+        model: whole, with the same configuration on every process; on those other than rank 0 it may
+            be `without_weights`.
         config: says how it is divided.
         device: of this process.
+        dtype: in which layers are computed under FSDP: their slices, float32, travel in it.
 
     Raises:
         ConfigError: it cannot be divided so.
@@ -132,33 +148,63 @@ def spread(model: Any, config: OptimizeConfig, device: torch.device) -> None:
     if world_size() == 1:
         model.to(device)
         return
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.detach(), src=0)
-    banks = [module for module in model.modules() if isinstance(module, ExpertBank)]
-    many, kind = config.expert_parallel, device.type
-    names = ("replicas", "peers")
-    mesh = init_device_mesh(kind, (world_size() // many, many), mesh_dim_names=names)
-    if many > 1:
+    many, layers = config.expert_parallel, list(model.model.layers)
+    shape, names = (world_size() // many, many), ("replicas", "peers")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    everyone = init_device_mesh(device.type, (world_size(),)) if config.fsdp else None
+    policy = _policy(dtype)
+    inside = {module for layer in layers for module in layer.modules()}
+    for layer in layers:
+        _receive(list(layer.modules()), device)
+        banks = [part for part in layer.modules() if isinstance(part, ExpertBank) and many > 1]
         for bank in banks:
             bank.divide(mesh["peers"].get_group(), mesh["replicas"].get_group())
-    if config.fsdp:
-        _shard(model, banks if many > 1 else [], mesh, kind)
-    model.to(device)
-
-
-def _shard(model: Any, banks: list[ExpertBank], mesh: Any, kind: str) -> None:
-    """Slice every tensor over all processes, those of divided experts over their replicas."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    everyone = init_device_mesh(kind, (world_size(),))
-    for bank in banks:
-        fully_shard(bank, mesh=mesh["replicas"])
-    for part in [*model.model.layers, model]:
-        fully_shard(part, mesh=everyone)
+            if everyone is not None:
+                fully_shard(bank, mesh=mesh["replicas"], mp_policy=policy)
+        if everyone is not None:
+            if dtype != torch.float32:
+                fully_shard(_exact(layer), mesh=everyone)
+            fully_shard(layer, mesh=everyone, mp_policy=policy)
+    _receive([module for module in model.modules() if module not in inside], device)
+    model.tie_weights()
+    if everyone is not None:
+        fully_shard(model, mesh=everyone)
+        if dtype != torch.float32:  # for whoever calls it after the training, too
+            model.forward = torch.autocast(device.type, dtype)(model.forward)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # a sum: losses are shares already
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Weights in this precision and gradients in float32; what autocast computes stays the same."""
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _exact(layer: nn.Module) -> list[nn.Module]:
+    """A layer's norms and gate, whose weights autocast leaves in float32."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    kinds = LlamaRMSNorm, DeepseekMoeGate
+    return [module for module in layer.modules() if isinstance(module, kinds)]
+
+
+def _receive(modules: list[nn.Module], device: torch.device) -> None:
+    """Put rank 0's tensors into modules, on this process's device, each module's own alone."""
+    for module in modules:
+        if any(tensor.is_meta for tensor in _own(module)):
+            module.to_empty(device=device, recurse=False)
+        elif _own(module):
+            module.to(device)
+        for tensor in _own(module):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -261,4 +307,5 @@ def whole_model(model: Any) -> Any:
 
     whole: Any = DeepseekMoeForCausalLM(model.config)
     whole.load_state_dict(state)
+    whole.generation_config = model.generation_config
     return whole.eval()

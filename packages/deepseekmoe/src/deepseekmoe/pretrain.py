@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import ConfigError, ModelError
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
-from octavo.runtime import Runtime, seed_everything
+from octavo.runtime import Runtime, is_main, seed_everything
 
 from deepseekmoe.architecture import DeepseekMoeConfig
 from deepseekmoe.checkpoints import discard_checkpoints
@@ -24,7 +24,13 @@ from deepseekmoe.corpus import (
 )
 from deepseekmoe.hub import register
 from deepseekmoe.optimize import check_options, optimize
-from deepseekmoe.parallel import check_processes, main_first, processes, whole_model
+from deepseekmoe.parallel import (
+    check_processes,
+    main_first,
+    processes,
+    whole_model,
+    without_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,12 +191,12 @@ def read_keys(path: Path) -> dict[str, Any]:
 
 
 def make_model(config: DeepseekMoeConfig, runtime: Runtime) -> "DeepseekMoeForCausalLM":
-    """A model with random weights, the same on every process; on the CPU."""
+    """A model with random weights, on the CPU; on processes other than rank 0 without weights."""
     from deepseekmoe.modeling import DeepseekMoeForCausalLM
 
     register()
     seed_everything(runtime.seed)
-    return DeepseekMoeForCausalLM(config)
+    return DeepseekMoeForCausalLM(config) if is_main() else without_weights(config)
 
 
 def pretrain(

@@ -6,26 +6,32 @@ with the alphas of its configuration: the paper tells nothing of them here.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from octavo.errors import ConfigError
-from octavo.models import save_model
+from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, seed_everything, world_size
 
 from deepseekmoe.analyze import trace_routing
 from deepseekmoe.chats import PackedChats, as_tokens, encode_chats, load_chats
 from deepseekmoe.checkpoints import discard_checkpoints
-from deepseekmoe.config import OptimizeConfig, SftConfig
+from deepseekmoe.config import OptimizeConfig, SftConfig, TrainingConfig
 from deepseekmoe.corpus import shuffled_batches
-from deepseekmoe.esft import Selection, freeze_except, select_experts
-from deepseekmoe.hub import CHAT_TEMPLATE, load
+from deepseekmoe.esft import Selection, chosen_layers, freeze_except, select_experts
+from deepseekmoe.hub import CHAT_TEMPLATE, load, load_moe_config
 from deepseekmoe.lora import add_adapter
 from deepseekmoe.optimize import check_options, optimize
+from deepseekmoe.parallel import (
+    check_processes,
+    main_first,
+    processes,
+    whole_model,
+    without_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +45,8 @@ class Finetuned:
     """A tuned model and what it was tuned on.
 
     Attributes:
-        model: in evaluation mode; of type `PeftModel` with an adapter.
+        model: in evaluation mode; of type `PeftModel` with an adapter. Where processes share it they
+            call it together.
         tokenizer: with the chat template that was used.
         packed: the windows.
         steps: updates.
@@ -58,7 +65,8 @@ def finetune(
 ) -> Finetuned:
     """Tune a model on chats and save it in the run's folder `model`, or `adapter` with LoRA.
 
-    Weights that are trained are float32 meanwhile; the saved model has the precision it came in.
+    Weights that are trained are float32 meanwhile; the saved model has the precision it came in. Under
+    torchrun the processes share the work as `config` says, and rank 0 saves.
 
     Args:
         source: folder or hub id of the model.
@@ -71,6 +79,45 @@ def finetune(
         DataError: there are no such chats, one is malformed, or no reply is within a window.
         ModelError: the model or its tokenizer cannot be had, or the training diverged.
     """
+
+    def prepare() -> tuple[Any, Any, PackedChats, OptimizeConfig, Selection | None]:
+        selection = _check(config)
+        conversations = load_chats(config.data, config.split)
+        seed_everything(runtime.seed)
+        model, tokenizer = _open(source, is_main() or bool(config.lora_rank or selection))
+        length = config.length or min(LONGEST, model.config.max_position_embeddings)
+        chats = encode_chats(conversations, tokenizer, config.data)
+        packed = PackedChats(chats, length, _padding(tokenizer))
+        windows_a_step = config.batch_size * config.accumulate * world_size()
+        options = _optimization(config, math.ceil(config.epochs * len(packed) / windows_a_step))
+        check_processes(options, model.config.n_routed_experts)
+        if selection:
+            chosen_layers(model, selection)
+        return model, tokenizer, packed, options, selection
+
+    with processes(runtime):
+        model, tokenizer, packed, options, selection = main_first(prepare)
+        kept = model.dtype
+        if world_size() == 1:
+            model.to(runtime.torch_device())
+        if not (config.lora_rank or selection):
+            model.float()
+        batches = shuffled_batches(packed.rows, len(packed), options, runtime.seed)
+        rank = config.lora_rank
+        adapted = main_first(lambda: add_adapter(model, rank)) if rank else None
+        with freeze_except(model, selection) if selection else nullcontext():
+            trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            optimize(model, batches, options, run, runtime, name="sft")
+        whole = None if adapted else whole_model(model)
+        if whole is not None:
+            whole.to(kept)
+        main_first(lambda: _save(run, whole, adapted, tokenizer))
+        discard_checkpoints(run, "sft")
+    return Finetuned(adapted or model, tokenizer, packed, options.steps, trained)
+
+
+def _check(config: SftConfig) -> Selection | None:
+    """Refuse options that are out of range; gives the selection of experts, where a file names one."""
     if config.epochs <= 0 or not math.isfinite(config.epochs):
         raise ConfigError(f"--epochs {config.epochs}: must be above 0, and finite")
     if config.lora_rank < 0:
@@ -78,41 +125,40 @@ def finetune(
     if config.lora_rank and config.experts:
         raise ConfigError("--lora-rank and --experts: train an adapter or experts, not both")
     check_options(_optimization(config, 1))
-    selection = Selection.load(config.experts) if config.experts else None
-    conversations = load_chats(config.data, config.split)
-    partly = bool(config.lora_rank or selection)
-    seed_everything(runtime.seed)
-    loaded, words = load(source, dtype="auto")
-    model: Any = loaded
-    tokenizer: Any = words
-    kept = model.dtype
-    model.to(runtime.torch_device())
-    if not partly:
-        model.float()
-    tokenizer.chat_template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
-    length = config.length or min(LONGEST, model.config.max_position_embeddings)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    packed = PackedChats(
-        encode_chats(conversations, tokenizer, config.data), length, 0 if pad is None else pad
-    )
-    windows_a_step = config.batch_size * config.accumulate * world_size()
-    steps = math.ceil(config.epochs * len(packed) / windows_a_step)
-    options = _optimization(config, steps)
-    batches = shuffled_batches(packed.rows, len(packed), options, runtime.seed)
-    adapted = add_adapter(model, config.lora_rank) if config.lora_rank else None
-    with freeze_except(model, selection) if selection else _all_trained():
-        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        optimize(model, batches, options, run, runtime, name="sft")
-    if adapted is not None:
-        if is_main():
-            with atomic(run.path / "adapter") as folder:
-                adapted.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+    if (config.lora_rank or config.experts) and (config.fsdp or config.expert_parallel > 1):
+        raise ConfigError(
+            "--lora-rank and --experts train a model that is whole on every process: leave out "
+            "--fsdp and --expert-parallel"
+        )
+    return Selection.load(config.experts) if config.experts else None
+
+
+def _open(source: str, weights: bool) -> tuple[Any, Any]:
+    """The model as it was saved, or without weights; its tokenizer with the template to be used."""
+    if weights:
+        model, words = load(source, dtype="auto")
     else:
-        model.to(kept)
+        model, words = without_weights(load_moe_config(source)), load_tokenizer(source)
+    tokenizer: Any = words
+    tokenizer.chat_template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
+    return model, tokenizer
+
+
+def _padding(tokenizer: Any) -> int:
+    ids = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return next((number for number in ids if number is not None), 0)
+
+
+def _save(run: RunDir, model: Any, adapted: Any, tokenizer: Any) -> None:
+    """Write the model, or the adapter where there is one (rank 0 alone)."""
+    if not is_main():
+        return
+    if adapted is None:
         save_model(run.path / "model", model, tokenizer)
-    discard_checkpoints(run, "sft")
-    return Finetuned(adapted or model, tokenizer, packed, steps, trained)
+        return
+    with atomic(run.path / "adapter") as folder:
+        adapted.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def select_for_task(
@@ -166,22 +212,6 @@ def select_for_task(
     return selection, int(model.config.n_routed_experts or 0)
 
 
-@contextmanager
-def _all_trained() -> Iterator[None]:
-    yield
-
-
 def _optimization(config: SftConfig, steps: int) -> OptimizeConfig:
-    return OptimizeConfig(
-        steps=steps,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        learning_rate=config.learning_rate,
-        schedule="constant",
-        warmup_steps=0,
-        weight_decay=config.weight_decay,
-        max_gradient_norm=config.max_gradient_norm,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        checkpointing=config.checkpointing,
-    )
+    shared = {field.name: getattr(config, field.name) for field in fields(TrainingConfig)}
+    return OptimizeConfig(steps=steps, schedule="constant", warmup_steps=0, **shared)
