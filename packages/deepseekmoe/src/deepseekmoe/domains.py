@@ -13,12 +13,16 @@ from pathlib import Path
 #: Characters of each domain, so that none outweighs another.
 SIZE = 500_000
 
+#: Lines of a piece of source.
+LINES = 40
+
 NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Ines Jonas Klara Leo Mia Noah Olga Paul".split()
 THINGS = "apples books coins eggs pens stamps shells tickets cards stones".split()
 
 
 def domain_texts(size: int = SIZE) -> dict[str, str]:
-    """Each domain's text, the same on every machine with the same versions of Python and PyTorch.
+    """Each domain's text, the same on every machine with the same versions and builds of Python and
+    PyTorch.
 
     Args:
         size: characters a domain, at the most.
@@ -75,36 +79,45 @@ def arithmetic(seed: int = 0) -> Iterator[str]:
 
 def characters() -> Iterator[str]:
     """The table of characters: code point, name, category."""
-    for code in range(0x20, 0x1_0000):
+    lines = []
+    for code in range(0x20, 0x2_0000):
         name = unicodedata.name(chr(code), "")
         if name and "IDEOGRAPH" not in name and "SYLLABLE" not in name:
-            yield f"U+{code:04X};{name};{unicodedata.category(chr(code))}\n"
+            lines.append(f"U+{code:04X};{name};{unicodedata.category(chr(code))}\n")
+    yield from _mixed(lines)
 
 
 def library_source() -> Iterator[str]:
-    """Lines of the standard library's modules, in the order of their names."""
-    yield from _lines(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
+    """Pieces of the standard library's modules."""
+    yield from _pieces(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
 
 
 def headers() -> Iterator[str]:
-    """Lines of the C++ headers that PyTorch is installed with."""
+    """Pieces of the C++ headers that PyTorch is installed with."""
     import torch
 
-    yield from _lines(sorted((Path(torch.__file__).parent / "include" / "c10").rglob("*.h")))
+    yield from _pieces(sorted((Path(torch.__file__).parent / "include").rglob("*.h")))
 
 
-def _lines(files: list[Path]) -> Iterator[str]:
+def _pieces(files: list[Path]) -> Iterator[str]:
+    pieces = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         except (OSError, UnicodeDecodeError):
             continue
-        yield from text[:40_000].splitlines(keepends=True)
+        pieces += ["".join(lines[begin : begin + LINES]) for begin in range(0, len(lines), LINES)]
+    yield from _mixed(pieces)
 
 
 def help_topics() -> Iterator[str]:
-    """Lines of the pages that `help()` shows."""
+    """Pages that `help()` shows."""
     from pydoc_data.topics import topics
 
-    for _, page in sorted(topics.items()):
-        yield from str(page).splitlines(keepends=True)
+    yield from _mixed([str(page) for _, page in sorted(topics.items())])
+
+
+def _mixed(parts: list[str]) -> list[str]:
+    """In an order of no meaning, so that the end, which is held out, is like the rest."""
+    random.Random(0).shuffle(parts)
+    return parts
