@@ -21,8 +21,7 @@ THINGS = "apples books coins eggs pens stamps shells tickets cards stones".split
 
 
 def domain_texts(size: int = SIZE) -> dict[str, str]:
-    """Each domain's text, the same on every machine with the same versions and builds of Python and
-    PyTorch.
+    """Each domain's text, the same wherever Python and PyTorch are of the same version and build.
 
     Args:
         size: characters a domain, at the most.
