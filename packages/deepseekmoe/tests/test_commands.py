@@ -21,6 +21,9 @@ def test_train_leaves_a_model_and_what_it_measured(trained):
     assert tokenizer is not None
     assert len(tokenizer) == model.config.vocab_size
     assert not (trained / "checkpoints" / "train").exists()
+    card = (trained / "model" / "README.md").read_text()
+    assert "1 shared and 15 routed experts" in card
+    assert "| sums |" in card
 
 
 def test_evaluate(command, trained, texts):

@@ -36,8 +36,10 @@ def train(
 ) -> Outcome:
     """Pre-train a language model on texts, from scratch; under torchrun on several processes."""
     from octavo.rundir import RunDir, options_of
+    from octavo.runtime import is_main
 
     from deepseekmoe.accounting import count_parameters
+    from deepseekmoe.card import save_card
     from deepseekmoe.evaluate import evaluate_domains
     from deepseekmoe.parallel import main_first, processes
     from deepseekmoe.pretrain import pretrain
@@ -53,6 +55,9 @@ def train(
         if trained.dev is not None:
             rows = evaluate_domains(trained.model, trained.dev, config.length, config.batch_size)
             opened.write_json("evaluation.json", rows)
+        if is_main():
+            made = f"Trained from random weights on `{corpus.data}`, {config.steps} updates."
+            save_card(config.out / "model", trained.model.config, made, rows)
     count = count_parameters(trained.model.config)
     folder = config.out / "model"
     return Outcome(
@@ -178,7 +183,9 @@ def sft(
         model: Folder or hub id, in the layout of deepseek-moe-16b-base.
     """
     from octavo.rundir import RunDir, options_of
+    from octavo.runtime import is_main
 
+    from deepseekmoe.card import save_card
     from deepseekmoe.parallel import main_first, processes
     from deepseekmoe.sft import finetune
 
@@ -201,6 +208,9 @@ def sft(
             "loss of replies": lines[-1]["lm_loss"],
         }
         opened.write_json("summary.json", row)
+        if is_main() and not config.lora_rank:
+            made = f"Tuned from `{model}` on the chats of `{config.data}`, {tuned.steps} updates."
+            save_card(config.out / "model", tuned.model.config, made, [row])
     if not config.lora_rank:
         return Outcome({"Tuned": [row]}, note=f"The model: {config.out / 'model'}")
     adapter = config.out / "adapter"
