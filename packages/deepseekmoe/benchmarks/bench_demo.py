@@ -7,10 +7,11 @@ python packages/deepseekmoe/benchmarks/bench_demo.py FOLDER
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
-from deepseekmoe.ablate import mean_rows
+from deepseekmoe.report import mean_table, models_table
 from octavo.report import load_claims
 from octavo.rundir import write_json
 
@@ -24,14 +25,15 @@ def collect(folder: Path) -> tuple[str, dict[str, Any]]:
     command = f"deepseekmoe demo --profile {options['profile']} --seeds {seeds}"
     command += " --data DIR" * bool(options["data"])
     files = [folder / f"seed-{seed}.json" for seed in options["seeds"]]
-    found = [json.loads(file.read_text(encoding="utf-8"))["tables"] for file in files]
+    found: Any = [SimpleNamespace(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
     claims = load_claims(folder)
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     result = {
         "command": command,
         "seconds": claims["seconds"],
         "claims": claims["claims"],
-        **{name: mean_rows([one[name] for one in found]) for name in found[0]},
+        **{name: mean_table(found, name) for name in found[0].tables},
+        "models": models_table(found),
         "environment": environment | {"command": command},
     }
     return f"demo-{'texts' if options['data'] else 'embedded'}", result
