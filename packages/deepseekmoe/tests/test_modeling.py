@@ -109,6 +109,25 @@ def test_unequal_halves_weigh_as_the_whole(small):
     assert_same(whole, gradients(model))
 
 
+def test_means_over_tokens_weigh_by_real_tokens(small):
+    """A part of 3 real tokens and one of 12 give what all 15 give together."""
+    model = make(small(aux_loss_alpha=0.0, z_loss_alpha=0.5)).train()
+    ids, mask = tokens(rows=2), torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 3:] = False
+    labels = ids.masked_fill(~mask, -100)
+    count = int((labels[:, 1:] != -100).sum())
+    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    whole = gradients(model)
+    model.zero_grad()
+    for row in (slice(0, 1), slice(1, 2)):
+        out = model(
+            input_ids=ids[row], attention_mask=mask[row], labels=labels[row],
+            num_items_in_batch=count, num_rows_in_batch=2, num_tokens_in_batch=15,
+        )  # fmt: skip
+        out.loss.backward()
+    assert_same(whole, gradients(model))
+
+
 def test_recomputing_layers_changes_nothing(small):
     model = make(small(aux_loss_alpha=0.5, first_k_dense_replace=0)).train()
     ids = tokens()

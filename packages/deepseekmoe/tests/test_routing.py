@@ -124,6 +124,12 @@ def test_hashing_gives_distinct_experts_evenly(experts, top_k):
     assert routing.weights.sum(-1).allclose(torch.ones(6400))
 
 
+def test_every_layer_has_a_hash_of_its_own():
+    found = [hash_route(torch.arange(200), 1, 16, seed=layer).ids for layer in range(62)]
+    for one, two in itertools.pairwise(found):
+        assert float((one == two).float().mean()) < 0.3
+
+
 def test_hashing_depends_on_the_token_and_the_seed_alone():
     tokens = torch.tensor([5, 9, 5])
     one = hash_route(tokens, 2, 16, seed=0)

@@ -155,7 +155,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [DeepseekMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
         )
@@ -267,6 +267,7 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         num_rows_in_batch: int | None = None,
+        num_tokens_in_batch: int | None = None,
         **kwargs: Any,
     ) -> DeepseekMoeOutput:
         """Predict the next token of each, and the losses where `labels` are given.
@@ -282,8 +283,11 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             logits_to_keep: of the last so many tokens only; 0 for all.
             num_items_in_batch: predicted tokens of the whole batch that gradients are accumulated
                 over; the loss is then this part's share of the batch's loss.
-            num_rows_in_batch: rows of the whole batch; the balance losses then weigh by this part's
-                share of them, which statistics of each sequence ask for; else by its predicted tokens.
+            num_rows_in_batch: rows of the whole batch; balance losses that are means over sequences
+                weigh by this part's share of them.
+            num_tokens_in_batch: real tokens of the whole batch; balance losses that are means over
+                tokens weigh by this part's share of them. Where one is not given, they weigh by
+                predicted tokens.
             **kwargs: `token_mask` of the decoder; the rest goes to the attention implementation.
         """
         out = self.model(
@@ -305,12 +309,17 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             )  # fmt: skip
             loss = lm_loss
             if self.training and len(out.balance):
-                share = 1.0
+                by_row = by_token = 1.0
                 if num_items_in_batch is not None:
-                    share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                    by_row = by_token = (labels[:, 1:] != -100).sum() / num_items_in_batch
                 if num_rows_in_batch is not None:
-                    share = len(labels) / num_rows_in_batch
-                loss = lm_loss + share * self.balance_loss(out.balance).to(lm_loss.device)
+                    by_row = len(labels) / num_rows_in_batch
+                if num_tokens_in_batch is not None:
+                    mask = kwargs.get("token_mask", attention_mask)
+                    real = labels.numel() if mask is None else mask.sum()
+                    by_token = real / num_tokens_in_batch
+                balance = self.balance_loss(out.balance, by_row, by_token)
+                loss = lm_loss + balance.to(lm_loss.device)
         return DeepseekMoeOutput(
             loss=loss,
             logits=logits,
@@ -322,11 +331,22 @@ class DeepseekMoeForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
             counts=out.counts,
         )
 
-    def balance_loss(self, balance: Float[Tensor, "layers losses"]) -> Float[Tensor, ""]:
-        """Every alpha times its loss, summed over layers."""
+    def balance_loss(
+        self,
+        balance: Float[Tensor, "layers losses"],
+        by_row: float | Tensor = 1.0,
+        by_token: float | Tensor = 1.0,
+    ) -> Float[Tensor, ""]:
+        """Every alpha times its loss, summed over layers.
+
+        Args:
+            balance: losses in the order of `layer.LOSSES`.
+            by_row: factor of means over sequences: a part's share of a batch's rows.
+            by_token: factor of means over tokens: a part's share of a batch's real tokens.
+        """
         config = self.config
-        alphas = [
-            config.aux_loss_alpha, config.device_loss_alpha, config.comm_loss_alpha,
-            config.z_loss_alpha,
-        ]  # fmt: skip
-        return (balance * balance.new_tensor(alphas)).sum()
+        expert, device, communication, z = balance.sum(dim=0).unbind()
+        balanced = config.aux_loss_alpha * expert + config.device_loss_alpha * device
+        others = config.comm_loss_alpha * communication + config.z_loss_alpha * z
+        of_rows = config.balance_scope == "sequence"
+        return (by_row if of_rows else by_token) * balanced + by_token * others

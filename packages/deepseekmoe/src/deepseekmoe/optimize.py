@@ -127,6 +127,11 @@ def optimize(
         raise ConfigError(
             "--dtype float16: gradients would underflow; train in bfloat16 or float32"
         )
+    if str(model.config._attn_implementation).startswith("flash"):
+        raise ConfigError(
+            "flash attention cannot keep packed documents apart in batches of several rows: load the "
+            'model with attn_implementation="sdpa"'
+        )
     device = runtime.torch_device()
     precision = _autocast(device, runtime.torch_dtype())
     spread(model, config, device, runtime.torch_dtype())
@@ -147,15 +152,17 @@ def optimize(
             parts = [batches(step, micro, rank()) for micro in range(config.accumulate)]
             predicted = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
             rows = sum(len(part["labels"]) for part in parts)
-            predicted, rows = _summed(torch.tensor([predicted, rows])).tolist()
+            real = sum(_real_tokens(part) for part in parts)
+            predicted, rows, real = _summed(torch.tensor([predicted, rows, real])).tolist()
             for micro, part in enumerate(parts):
                 part = {key: value.to(device) for key, value in part.items()}
                 if model.config.attention_dropout:
                     _seed(runtime.seed, (step * config.accumulate + micro) * world_size() + rank())
                 with precision():
                     out = model(
-                        **part, num_items_in_batch=max(1, predicted), num_rows_in_batch=rows
-                    )
+                        **part, num_items_in_batch=max(1, predicted), num_rows_in_batch=rows,
+                        num_tokens_in_batch=real,
+                    )  # fmt: skip
                 out.loss.backward()
                 meter.add(out, part)
             sum_gradients(model)
@@ -189,6 +196,11 @@ def _summed(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def _real_tokens(batch: Batch) -> int:
+    mask = batch.get("token_mask", batch.get("attention_mask"))
+    return batch["labels"].numel() if mask is None else int(mask.sum())
 
 
 def _seed(seed: int, part: int) -> None:

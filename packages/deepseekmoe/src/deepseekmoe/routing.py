@@ -128,7 +128,7 @@ def hash_route(
         seed: another seed is another hash; each layer has its own.
     """
     # splitmix64's finaliser in 64-bit integers that wrap around: the same on every device
-    mixed = token_ids.long() * 0x1E3779B97F4A7C15 + (seed + 1) * 0x3F58476D1CE4E5B9
+    mixed = token_ids.long() * 0x1E3779B97F4A7C15 + _wrapped((seed + 1) * 0x3F58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> 30)) * 0x14D049BB133111EB
     mixed = mixed ^ (mixed >> 27)
     first = (mixed & 0x7FFFFFFF) % experts
@@ -139,6 +139,11 @@ def hash_route(
     weights = torch.full(ids.shape, 1.0 / top_k, device=ids.device)
     scores = torch.zeros(len(ids), experts, device=ids.device).scatter(-1, ids, 1.0 / top_k)
     return Routing(ids, weights, scores)
+
+
+def _wrapped(value: int) -> int:
+    """A whole number as 64 bits with a sign hold it."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def limit_capacity(
