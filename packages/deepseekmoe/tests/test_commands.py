@@ -189,6 +189,12 @@ def test_doctor_names_the_backends(command):
         (["train", "--data", "{texts}", "--tokenizer", "{texts}"], "holds no tokenizer"),
         (["train", "--data", "missing.jsonl"], "missing.jsonl: no such file"),
         (["ablate", "balance", "--data", "{texts}", "--dev-share", "0"], "--dev-share 0"),
+        (["ablate", "balance", "--data", "{texts}", "--aux-alpha", "0.1"],
+         "--aux-alpha: this suite sets it"),
+        (["ablate", "baselines", "--data", "{texts}", "--baseline", "hash"],
+         "--baseline: this suite sets it"),
+        (["ablate", "granularity", "--data", "{texts}", "--active-experts", "3"],
+         "--active-experts: this suite sets it"),
     ],
 )  # fmt: skip
 def test_wrong_training_is_one_line_and_leaves_nothing(command, texts, tmp_path, words, told):

@@ -229,3 +229,6 @@ def test_the_selection_bias_stays_exact_in_half_precision(small, tmp_path):
     for layer in moe_layers(half):
         assert layer.gate.weight.dtype == torch.bfloat16
         assert float(layer.gate.e_score_correction_bias[0]) == pytest.approx(1.001, abs=1e-6)
+    for layer in moe_layers(model.to(torch.bfloat16)):
+        assert layer.gate.weight.dtype == torch.bfloat16
+        assert float(layer.gate.e_score_correction_bias[0]) == pytest.approx(1.001, abs=1e-6)

@@ -7,8 +7,10 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from octavo.errors import ConfigError
 from octavo.models import save_model
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime
@@ -65,6 +67,13 @@ SUITES: dict[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
+#: Options that decide together: where a suite sets one, the user sets none of them.
+TOGETHER = (
+    ("baseline", "granularity", "shared_experts", "routed_experts", "active_experts"),
+    ("balance", "aux_alpha", "device_alpha", "bias_rate"),
+)
+
+
 @dataclass(frozen=True)
 class Cell:
     """A trained model of a suite and what was measured of it.
@@ -101,18 +110,41 @@ def train_cells(
         config: the training.
         run: cells lie in its folder `cells`.
         runtime: seed, device, precision.
+
+    Raises:
+        ConfigError: `base` sets what the cells are to differ in.
     """
+    _refuse_what_cells_change(cells, base)
     return [
         _train_cell(name, replace(base, **changes), tokenizer, train, dev, config, run, runtime)
         for name, changes in cells.items()
     ]
 
 
+def cell_folder(run: RunDir, name: str) -> Path:
+    """Where a cell of a run lies."""
+    return run.path / "cells" / name.replace(" ", "").replace("+", "-").replace(",", "-")
+
+
+def _refuse_what_cells_change(cells: Mapping[str, Mapping[str, Any]], base: ModelConfig) -> None:
+    """Stop where an option of the base model would make cells alike, or their budgets unlike."""
+    varied = {key for changes in cells.values() for key in changes}
+    for together in TOGETHER:
+        if not varied & set(together):
+            continue
+        for name in together:
+            if getattr(base, name) != getattr(ModelConfig(), name):
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"{option}: this suite sets it in each of its models; leave it out"
+                )
+
+
 def _train_cell(
     name: str, choice: ModelConfig, tokenizer: Any, train: Tokens, dev: Tokens,
     config: PretrainConfig, run: RunDir, runtime: Runtime,
 ) -> Cell:  # fmt: skip
-    folder = run.path / "cells" / name.replace(" ", "").replace("+", "-").replace(",", "-")
+    folder = cell_folder(run, name)
     inner = RunDir(folder)
     if not (folder / "row.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)

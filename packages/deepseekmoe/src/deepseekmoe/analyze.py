@@ -40,7 +40,8 @@ def disable_top(
         model: trained.
         tokens: held out.
         length: tokens of a window.
-        rates: shares of the routed experts to mask, rounded to whole experts.
+        rates: shares of the routed experts to mask, rounded to whole experts; 0 is measured first,
+            asked for or not, and rises are from there.
         batch_size: windows at a time.
 
     Raises:
@@ -48,7 +49,7 @@ def disable_top(
     """
     experts = _routed(model)
     rows: list[Row] = []
-    for rate in rates:
+    for rate in (0.0, *(rate for rate in rates if rate)):
         masked = round(rate * experts)
         with intervene(model, disable_top=masked):
             loss = evaluate_lm(model, tokens, length, batch_size)["loss"]

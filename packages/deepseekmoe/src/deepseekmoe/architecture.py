@@ -58,6 +58,21 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 
 
+#: The least that a whole number may be; None stands for a default where it is allowed.
+WHOLE_NUMBERS = {
+    "vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "moe_intermediate_size": 1,
+    "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 1,
+    "moe_layer_freq": 1, "n_devices": 1, "max_position_embeddings": 1, "n_group": 1, "topk_group": 1,
+    "n_shared_experts": 0, "n_routed_experts": 0, "num_experts_per_tok": 0,
+    "first_k_dense_replace": 0, "n_hash_layers": 0,
+}  # fmt: skip
+NUMBERS = (
+    "aux_loss_alpha", "device_loss_alpha", "comm_loss_alpha", "z_loss_alpha", "bias_update_rate",
+    "routed_scaling_factor", "rms_norm_eps", "initializer_range", "attention_dropout",
+    "capacity_factor",
+)  # fmt: skip
+
+
 @no_type_check  # keys that are no fields are kept, as in every configuration of the library
 class DeepseekMoeConfig(PreTrainedConfig):
     """A DeepSeekMoE language model; the defaults are those of the released 16B configuration.
@@ -132,6 +147,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     experts_backend: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_numbers()
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.n_shared_experts = self.n_shared_experts or 0
         self.n_routed_experts = self.n_routed_experts or 0
@@ -231,22 +247,34 @@ class DeepseekMoeConfig(PreTrainedConfig):
         """Over which tokens the balance losses take their statistics."""
         return self.aux_loss_scope or ("sequence" if self.seq_aux else "batch")  # pyright: ignore
 
+    def _check_numbers(self) -> None:
+        """Refuse what is no number, or too small."""
+        for name, least in WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
+                raise ConfigError(f"{name} {value!r}: must be a whole number, {least} or more")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise ConfigError(f"{name} {value!r}: must be a number")
+
     def check(self) -> None:
         """Refuse what cannot be, with the cure.
 
         Raises:
             ConfigError: a number does not fit the others.
         """
-        for name in ("num_hidden_layers", "num_attention_heads", "moe_layer_freq", "n_devices",
-                     "hidden_size", "moe_intermediate_size"):  # fmt: skip
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"{name} {getattr(self, name)}: must be 1 or more")
-        for name in ("n_routed_experts", "num_experts_per_tok", "n_shared_experts"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} {getattr(self, name)}: must be 0 or more")
         routed, active = self.n_routed_experts or 0, self.num_experts_per_tok or 0
         groups, kept = self.n_group or 1, self.topk_group or 1
+        heads, keys = self.num_attention_heads, self.num_key_value_heads or 1
         for wrong, what in (
+            (heads % keys,
+             f"num_attention_heads {heads} is no multiple of num_key_value_heads {keys}"),
+            ((self.head_dim or 0) % 2, f"head_dim {self.head_dim}: must be even"),
+            (not self.rms_norm_eps > 0, f"rms_norm_eps {self.rms_norm_eps}: must be above 0"),
             (active > routed,
              f"num_experts_per_tok {active} of n_routed_experts {routed}: choose fewer"),
             (routed and not active, "num_experts_per_tok 0: a routed expert is never used; set it "

@@ -97,7 +97,8 @@ def communication_loss(
     """
     members = _members(device_of_expert)
     there = torch.ones(len(ids), dtype=torch.bool, device=ids.device) if mask is None else mask
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ids, True)
+    chosen = torch.zeros(len(ids), len(device_of_expert) + 1, dtype=torch.bool, device=ids.device)
+    chosen = chosen.scatter(-1, ids, True)[:, :-1]  # behind the last: dropped slots
     sent = (chosen.to(scores.dtype) @ members.to(scores.dtype) > 0) & there[:, None]
     tokens = there.sum().clamp_min(1)
     frequency = sent.sum(dim=0) * members.shape[1] / (devices_per_token * tokens)

@@ -18,7 +18,7 @@ from octavo.report import Claim, save_claims
 from octavo.rundir import RunDir, options_of, write_text
 from octavo.runtime import Runtime
 
-from deepseekmoe.ablate import SUITES, Cell, train_cells
+from deepseekmoe.ablate import SUITES, Cell, cell_folder, train_cells
 from deepseekmoe.analyze import (
     disable_top,
     lifts,
@@ -210,7 +210,7 @@ def _run_seed(
     tables = {"models": [cell.row for cell in cells]}
     curves: dict[str, Any] = {"loss": {}}
     for cell in cells:
-        place = RunDir(folder.path / "cells" / cell.name.replace(" ", ""))
+        place = RunDir(cell_folder(folder, cell.name))
         curves["loss"][cell.name] = [(one["step"], one["lm_loss"]) for one in place.metrics()]
         curves[f"load {cell.name}"] = [
             {"step": one["step"], "load": one["load"]} for one in place.metrics() if "load" in one

@@ -141,15 +141,15 @@ def continue_text(
     """
     import torch
 
-    if chat:
+    if chat:  # as the template has it, and as it was tuned
         from deepseekmoe.chats import encode_question
 
         ids = encode_question([{"role": "user", "content": prompt}], tokenizer)
     else:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    begin = tokenizer.bos_token_id
-    if begin is not None and ids[:1] != [begin]:
-        ids = [begin, *ids]
+        begin = tokenizer.bos_token_id
+        if begin is not None and ids[:1] != [begin]:
+            ids = [begin, *ids]
     if not ids:
         raise ConfigError("an empty prompt, and a tokenizer that has no token to begin with")
     given = torch.tensor([ids], device=model.device)

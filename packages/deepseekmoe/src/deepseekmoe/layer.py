@@ -99,6 +99,7 @@ class DeepseekMoeGate(nn.Module):
         self.layer = layer
         self.by_hash = layer < config.n_hash_layers
         self.experts = int(config.n_routed_experts or 0)
+        self.active = int(config.num_experts_per_tok or 0)
         self.groups = None
         if config.topk_method != "greedy" and (config.n_group or 1) > 1:
             by = "max" if config.topk_method == "group_limited_greedy" else "top2"
@@ -108,6 +109,14 @@ class DeepseekMoeGate(nn.Module):
             nn.init.normal_(self.weight, std=config.initializer_range)
         if config.bias_update_rate or config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(self.experts))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and convert, but keep the selection bias exact: it grows by steps of 1e-3."""
+        exact = getattr(self, "e_score_correction_bias", None)
+        super()._apply(fn, recurse)
+        if exact is not None and self.e_score_correction_bias.dtype != exact.dtype:
+            self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
+        return self
 
     def forward(
         self,
@@ -120,7 +129,7 @@ class DeepseekMoeGate(nn.Module):
         Raises:
             ConfigError: the layer routes by token and no tokens are given.
         """
-        top_k = intervention.active or int(self.config.num_experts_per_tok or 0)
+        top_k = self.active if intervention.active is None else intervention.active
         if self.by_hash:
             if token_ids is None:
                 raise ConfigError(
@@ -255,7 +264,9 @@ class DeepseekMoeLayer(nn.Module):
         if config.device_loss_alpha:
             found["device"] = device_balance_loss(scores, routing.ids, devices, **over)
         if config.comm_loss_alpha:
-            most = min(config.topk_group or config.n_devices, routing.ids.shape[-1])
+            grouped = self.gate.groups is not None and self.gate.groups.many == config.n_devices
+            reached = self.gate.groups.kept if grouped else config.n_devices  # pyright: ignore
+            most = min(reached, routing.ids.shape[-1])
             found["communication"] = communication_loss(
                 scores, routing.ids, devices, most, mask=mask
             )
@@ -288,7 +299,7 @@ def intervene(
             raise ConfigError(
                 f"layer {layer.gate.layer} routes by a hash of the token: it has no best experts"
             )
-        top_k = active or int(layer.config.num_experts_per_tok or 0)
+        top_k = layer.gate.active if active is None else active
         check_selection(layer.gate.experts, top_k, layer.gate.groups, disable_top)
     before = [layer.intervention for layer in layers]
     try:

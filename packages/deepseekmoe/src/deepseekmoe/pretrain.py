@@ -102,7 +102,7 @@ def _chosen(choice: ModelConfig, words: dict[str, Any]) -> DeepseekMoeConfig:
         "aux_loss_alpha": _alpha(choice, choice.aux_alpha),
         "device_loss_alpha": _alpha(choice, choice.device_alpha),
         "n_devices": choice.devices,
-        "bias_update_rate": choice.bias_rate if choice.balance == "bias" else None,
+        "bias_update_rate": {"bias": choice.bias_rate, "loss": None, "none": 0.0}[choice.balance],
         "experts_backend": None if choice.backend == "auto" else choice.backend,
     }
     if choice.granularity is not None:
@@ -126,16 +126,22 @@ def _chosen(choice: ModelConfig, words: dict[str, Any]) -> DeepseekMoeConfig:
         }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     keys = read_keys(choice.model_config) if choice.model_config else {}
+    over_devices = {
+        name: changes.pop(name) for name in ("n_devices", "device_loss_alpha") if name in changes
+    }  # of the experts that there are in the end
     config = DeepseekMoeConfig.preset(choice.preset, **(keys | changes | words))
+    if choice.granularity is not None:
+        config.check_standard()
+        narrow = round(config.intermediate_size / choice.granularity)
+        config = config.changed(moe_intermediate_size=narrow)
+    if choice.baseline != "deepseekmoe":
+        config = config.baseline(choice.baseline)
+    if over_devices:
+        config = config.changed(**over_devices)
     if config.device_loss_alpha and config.n_devices == 1:
         raise ConfigError(
             "--device-alpha on 1 device balances nothing: say with --devices how many there are"
         )
-    if choice.granularity is not None:
-        config.check_standard()
-        config.moe_intermediate_size = round(config.intermediate_size / choice.granularity)
-    if choice.baseline != "deepseekmoe":
-        config = config.baseline(choice.baseline)
     return config
 
 
@@ -157,6 +163,13 @@ def _refuse_contradictions(choice: ModelConfig) -> None:
             f"--baseline {choice.baseline} and {given[0]}: a baseline has experts of its own; leave "
             "one of them out"
         )
+    if choice.balance != "loss" and choice.aux_alpha:
+        raise ConfigError(
+            f"--balance {choice.balance} and --aux-alpha {choice.aux_alpha:g}: the balance loss is off; "
+            "leave one of them out"
+        )
+    if choice.balance != "bias" and choice.bias_rate != ModelConfig().bias_rate:
+        raise ConfigError("--bias-rate is of --balance bias: add that, or leave it out")
     if choice.granularity is not None and choice.routed_experts is not None:
         raise ConfigError(
             "--granularity and --routed-experts: the granularity m gives 16m experts; leave one out"
