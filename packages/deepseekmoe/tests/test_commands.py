@@ -112,10 +112,14 @@ def test_ablate_resumes_and_compares(command, texts, tmp_path):
         "ablate", "balance", "--data", texts, "--out", tmp_path / "suite", "--vocabulary", 300,
         "--steps", 4, "--width", 16, "--layers", 1, "--length", 16, "--batch-size", 2, "--warmup-steps",
         1, "--log-every", 2, "--routed-experts", 4, "--active-experts", 2, "--device", "cpu", "--json",
+        "--seeds", "0,1",
     )  # fmt: skip
     code, out, err = command(*words)
     assert code == 0, err
+    assert "sd over seeds" in rows(out)[0]
     assert [row["model"] for row in rows(out)] == ["loss", "bias", "none"]
+    page = (tmp_path / "suite" / "report.html").read_text()
+    assert page.count("<img") == 1
     code, _, err = command(*words)
     assert code == 2
     assert "holds a finished run" in err

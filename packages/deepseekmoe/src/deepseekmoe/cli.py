@@ -147,8 +147,9 @@ def ablate(
     from octavo.errors import ConfigError
     from octavo.rundir import RunDir, options_of
 
-    from deepseekmoe.ablate import SUITES, mean_rows, train_cells
+    from deepseekmoe.ablate import SUITES, train_cells
     from deepseekmoe.pretrain import open_corpus
+    from deepseekmoe.report import suite_report, with_spread
 
     alone()
     runtime.start()
@@ -163,9 +164,11 @@ def ablate(
             place, here = RunDir(config.out / f"seed-{seed}"), replace(runtime, seed=seed)
             cells = train_cells(SUITES[suite], model, tokenizer, training, dev, config, place, here)
             tables.append([cell.row for cell in cells])
-        rows = mean_rows(tables)
+        rows = with_spread(tables)
         opened.write_json("table.json", rows)
-    return Outcome({f"{suite}, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}": rows})
+        page = suite_report(suite, tables).save(config.out)
+    many = f"mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    return Outcome({f"{suite}, {many}": rows}, note=f"Report: {page}")
 
 
 @app.command

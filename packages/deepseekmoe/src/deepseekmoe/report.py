@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 from octavo.report import Claim, Report
 
 from deepseekmoe.ablate import mean_rows
@@ -91,10 +92,19 @@ def mean_table(found: Sequence["Found"], name: str) -> list[dict[str, Any]]:
 
 def models_table(found: Sequence["Found"]) -> list[dict[str, Any]]:
     """The models with the means over seeds and, of several seeds, the loss's standard deviation."""
-    rows = mean_table(found, "models")
-    if len(found) == 1:
+    return with_spread([one.tables["models"] for one in found])
+
+
+def with_spread(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of models, averaged over seeds; of several seeds with the loss's standard deviation.
+
+    Args:
+        tables: one a seed, with the same models in the same order.
+    """
+    rows = mean_rows(tables)
+    if len(tables) == 1:
         return rows
-    losses = [[row["loss"] for row in one.tables["models"]] for one in found]
+    losses = [[row["loss"] for row in table] for table in tables]
     spread = np.std(losses, axis=0, ddof=1).tolist()
     return [
         {"model": row["model"], "loss": row["loss"], "sd over seeds": deviation} | row
@@ -291,4 +301,39 @@ def sums_figure(sums: Mapping[str, Sequence[Any]]) -> "Figure":
     axes.set_xlabel("sum of a token's kept gates (the rest of the softmax is dropped)")
     axes.set_ylabel("% of the tokens")
     axes.legend()
+    return figure
+
+
+def suite_report(suite: str, tables: Sequence[Sequence[Mapping[str, Any]]]) -> Report:
+    """The page of a suite of models at equal budgets.
+
+    Args:
+        suite: its name.
+        tables: rows of the models, a table a seed.
+    """
+    report = Report(f"DeepSeekMoE: {suite}")
+    report.text(
+        f"Mean of {len(tables)} seed{'s' * (len(tables) > 1)}. Every model sees the same windows in the "
+        "same order; loss is of held-out windows, in nats a token."
+    )
+    report.table("Held-out loss, cost and load", with_spread(tables))
+    names = [row["model"] for row in tables[0]]
+    losses = [[row["loss"] for row in table] for table in tables]
+    report.figure("Held-out loss; points are seeds", suite_figure(names, np.array(losses)))
+    return report
+
+
+def suite_figure(names: Sequence[str], losses: Float[np.ndarray, "seeds models"]) -> "Figure":
+    """Losses of each model: its seeds as points, their mean as a bar."""
+    figure, axes = _axes()
+    places = np.arange(len(names))
+    axes.bar(places, losses.mean(axis=0), color="tab:blue", alpha=0.4)
+    for one in losses:
+        axes.plot(places, one, "o", color="tab:blue", markersize=4)
+    low, high = float(losses.min()), float(losses.max())
+    room = max(0.02, 0.3 * (high - low))
+    axes.set_ylim(low - room, high + room)  # an axis from 0 would hide the differences
+    axes.set_xticks(places, names, rotation=30, ha="right")
+    axes.set_ylabel("loss (the axis does not begin at 0)")
+    figure.tight_layout()
     return figure
