@@ -21,7 +21,7 @@ from deepseekmoe.chats import PackedChats, as_tokens, encode_chats, load_chats
 from deepseekmoe.checkpoints import discard_checkpoints
 from deepseekmoe.config import OptimizeConfig, SftConfig, TrainingConfig
 from deepseekmoe.corpus import shuffled_batches
-from deepseekmoe.esft import Selection, chosen_layers, freeze_except, select_experts
+from deepseekmoe.esft import Selection, check_share, chosen_layers, freeze_except, select_experts
 from deepseekmoe.hub import CHAT_TEMPLATE, load, load_moe_config
 from deepseekmoe.lora import add_adapter
 from deepseekmoe.optimize import check_options, optimize
@@ -193,8 +193,7 @@ def select_for_task(
     for name, value in (("sample", sample), ("batch-size", batch_size), ("length", length or 2)):
         if value < 1 + (name == "length"):
             raise ConfigError(f"--{name} {value}: must be {1 + (name == 'length')} or more")
-    if not 0 < p <= 1:
-        raise ConfigError(f"--p {p}: must be above 0, and 1 at the most")
+    check_share(p)
     conversations = load_chats(data, split)
     np.random.default_rng(runtime.seed).shuffle(conversations)
     model, tokenizer = load(source, dtype=runtime.torch_dtype())
