@@ -163,6 +163,36 @@ def test_doctor_names_the_backends(command):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["upcycle", "{model}", "--out", "{new}"],
+        ["convert", "{model}", "--out", "{new}"],
+        ["generate", "{model}", "the cat"],
+        ["check", "{model}"],
+        ["evaluate", "{model}", "--data", "{texts}"],
+        ["trace", "{model}", "--data", "{texts}", "--out", "{new}"],
+        ["doctor", "--device", "cpu"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_commands_run_alone(command, trained, texts, tmp_path, monkeypatch, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    places = {"model": trained / "model", "texts": texts, "new": tmp_path / "new"}
+    code, _, err = command(*[word.format(**places) for word in words])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "only `train` and `sft` run under torchrun" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_seeds_of_a_suite_are_checked_before_any_work(command, texts, tmp_path):
+    out = tmp_path / "suite"
+    code, _, err = command("ablate", "balance", "--data", texts, "--out", out, "--seeds=0,-1")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "--seed -1: must be from 0" in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["train", "--data", "{texts}", "--preset", "7b"], "no preset '7b'"),

@@ -152,6 +152,8 @@ def ablate(
 
     alone()
     runtime.start()
+    for seed in seeds:
+        replace(runtime, seed=seed).check()
     if not corpus.dev_share:
         raise ConfigError("--dev-share 0: models are compared on held-out text; hold some out")
     options = options_of(corpus, model, config, runtime, {"suite": suite, "seeds": list(seeds)})
@@ -313,6 +315,7 @@ def upcycle(
     from deepseekmoe.upcycle import upcycle as upcycled
 
     refuse_folder(out, overwrite)
+    alone()
     runtime.start()
     loaded, tokenizer = load_dense(dense)
     model = upcycled(
@@ -355,6 +358,7 @@ def convert(
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"--max-shard-size {max_shard_size}: must be like 5GB")
     refuse_folder(out, overwrite)
+    alone()
     loaded, tokenizer = load(model, dtype="auto")
     result: Any = merge_adapter(loaded, adapter) if adapter else loaded
     if dtype:
@@ -415,6 +419,7 @@ def generate(
 
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
+    alone()
     runtime.start()
     loaded, tokenizer = load(model, dtype=runtime.torch_dtype())
     loaded.to(runtime.torch_device())  # pyright: ignore[reportArgumentType]
@@ -434,6 +439,7 @@ def check(model: str) -> Outcome:
     from deepseekmoe.accounting import cost_row, tensors
     from deepseekmoe.hub import check_folder
 
+    alone()
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise ModelError(f"{model}: no such folder")
@@ -447,6 +453,7 @@ def doctor(runtime: Flat[Runtime] = Runtime()) -> Outcome:
     """Which ways to compute experts work on this machine, and why others do not."""
     from deepseekmoe.experts import backend_table
 
+    alone()
     runtime.start()
     rows: Any = backend_table(runtime.torch_device(), runtime.torch_dtype())
     return Outcome({f"Backends on {runtime.torch_device()}, {runtime.torch_dtype()}": rows})
