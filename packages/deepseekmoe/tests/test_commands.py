@@ -4,6 +4,7 @@ import json
 
 import pytest
 from deepseekmoe.analyze import Trace
+from deepseekmoe.architecture import BASELINES
 from deepseekmoe.esft import Selection, select_experts
 from deepseekmoe.hub import load
 
@@ -131,6 +132,28 @@ def test_params_of_presets_and_of_a_model(command, trained):
     assert rows(out)[0]["total"] == sum(p.numel() for p in model.parameters())
 
 
+def test_params_of_baselines_show_equal_budgets(command):
+    code, out, err = command("params", "--preset", "tiny", "--baseline", "gshard", "--json")
+    assert code == 0, err
+    ours, gshard = rows(out)
+    assert (ours["model"], gshard["model"]) == ("tiny", "tiny, gshard")
+    for row in (ours, gshard):
+        assert (row["experts in FFNs"], row["active in FFNs"]) == (16, 2)
+    code, out, _ = command("params", "--baselines", "--json")
+    assert code == 0
+    budgets = {row["model"]: (row["experts in FFNs"], row["active in FFNs"]) for row in rows(out)}
+    assert len(budgets) == 1 + len(BASELINES)
+    assert budgets["2b, dense-x4"] == (4, 4)
+    assert budgets["2b, switch"] == (16, 1)
+    assert budgets["2b, gshard-x1.5"] == pytest.approx((24, 3), rel=0.005)
+    code, _, err = command("params", "--preset", "16b", "--baselines")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "first dense layer's width" in err
+    code, _, err = command("params", "--baseline", "mixtral")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no baseline 'mixtral'" in err
+
+
 def test_generate_continues_and_chats(command, trained):
     model = trained / "model"
     words = ("generate", model, "the cat", "--max-new-tokens", 5, "--device", "cpu", "--json")
@@ -171,6 +194,7 @@ def test_doctor_names_the_backends(command):
         ["check", "{model}"],
         ["evaluate", "{model}", "--data", "{texts}"],
         ["trace", "{model}", "--data", "{texts}", "--out", "{new}"],
+        ["params"],
         ["doctor", "--device", "cpu"],
     ],
     ids=lambda words: words[0],

@@ -371,26 +371,44 @@ def convert(
 
 @app.command
 def params(
-    model: str | None = None, *, preset: tuple[Models, ...] = ("2b", "16b", "145b"),
+    model: str | None = None,
+    *,
+    preset: tuple[Models, ...] = (),
+    baseline: tuple[str, ...] = (),
+    baselines: bool = False,
     length: int | None = None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Total and active parameters, FLOPs and memory, from the configuration alone.
 
     Args:
         model: Folder or hub id of a model; by default presets.
-        preset: Presets to count.
+        preset: Presets to count; by default 2b, 16b and 145b, beside baselines 2b.
+        baseline: Baselines to count beside each, with experts in standard FFNs; `train` names them.
+        baselines: All of them.
         length: Tokens of a sequence; by default what the model was made for.
     """
-    from deepseekmoe.accounting import cost_row
-    from deepseekmoe.architecture import DeepseekMoeConfig
+    from deepseekmoe.accounting import budget_row, cost_row
+    from deepseekmoe.architecture import BASELINES, DeepseekMoeConfig
     from deepseekmoe.hub import load_moe_config
 
+    alone()
+    rivals = tuple(BASELINES) if baselines else baseline
+    presets = preset or (("2b",) if rivals else ("2b", "16b", "145b"))
     configs = (
         {model: load_moe_config(model)}
         if model
-        else {name: DeepseekMoeConfig.preset(name) for name in preset}
+        else {name: DeepseekMoeConfig.preset(name) for name in presets}
     )
-    rows = [{"model": name} | cost_row(config, length) for name, config in configs.items()]
+    rows = []
+    for name, config in configs.items():
+        if not rivals:
+            rows.append({"model": name} | cost_row(config, length))
+            continue
+        cells = {name: config} | {f"{name}, {rival}": config.baseline(rival) for rival in rivals}
+        rows += [
+            {"model": label} | budget_row(cell, config) | cost_row(cell, length)
+            for label, cell in cells.items()
+        ]
     return Outcome({"What it is made of and costs": rows})
 
 
