@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import ConfigError, ModelError
+from octavo.errors import ConfigError, DataError, ModelError
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, seed_everything
@@ -22,6 +22,7 @@ from deepseekmoe.corpus import (
     tokenize,
     train_tokenizer,
 )
+from deepseekmoe.evaluate import filling
 from deepseekmoe.hub import register
 from deepseekmoe.optimize import check_options, optimize
 from deepseekmoe.parallel import (
@@ -230,6 +231,8 @@ def pretrain(
         shape = make_config(choice, tokenizer, config.length)
         check_processes(config, shape.n_routed_experts)
         Windows(train, config.length)
+        if dev is not None:
+            _check_held_out(dev, config.length)
         return tokenizer, train, dev, shape
 
     with processes(runtime):
@@ -239,6 +242,16 @@ def pretrain(
         save_model(run.path / "model", whole_model(model), tokenizer)
         discard_checkpoints(run)
     return Trained(model, tokenizer, dev)
+
+
+def _check_held_out(dev: Tokens, length: int) -> None:
+    """Refuse, before any training, held-out text that could not be evaluated behind it."""
+    try:
+        filling(dev, length)
+    except DataError as error:
+        raise DataError(
+            f"held-out text: {error}, a larger --dev-share, or --dev-share 0 to hold none out"
+        ) from None
 
 
 def open_corpus(
