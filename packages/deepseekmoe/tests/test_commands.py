@@ -1,6 +1,7 @@
 """Every command on a user's own data, with good input and with bad."""
 
 import json
+from importlib import import_module
 
 import pytest
 from deepseekmoe.analyze import Trace
@@ -25,6 +26,39 @@ def test_train_leaves_a_model_and_what_it_measured(trained):
     card = (trained / "model" / "README.md").read_text()
     assert "1 shared and 15 routed experts" in card
     assert "| sums |" in card
+
+
+def test_a_run_that_was_killed_behind_its_training_does_not_train_again(
+    command, texts, tmp_path, monkeypatch
+):
+    evaluate, pretrain = (import_module(f"deepseekmoe.{name}") for name in ("evaluate", "pretrain"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    words = (
+        "train", "--data", texts, "--out", out, "--vocabulary", 300, "--steps", 4, "--width", 16,
+        "--layers", 1, "--length", 16, "--batch-size", 2, "--log-every", 2, "--routed-experts", 4,
+        "--active-experts", 2, "--device", "cpu", "--json",
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_domains", stop)
+        assert command(*words)[0] == 130
+    metrics = (out / "metrics.jsonl").read_bytes()
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(pretrain, "train_model", stop)
+    code, printed, err = command(*words)
+    assert code == 0, err
+    assert [row["domain"] for row in rows(printed)] == ["sums", "words", "all"]
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+    model = out / "model"
+    code, printed, _ = command("evaluate", model, "--data", texts, "--length", 16, "--json")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert [row["loss"] for row in evaluation] == pytest.approx(
+        [row["loss"] for row in rows(printed)]
+    )
 
 
 def test_evaluate(command, trained, texts):

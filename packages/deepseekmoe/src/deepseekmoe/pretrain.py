@@ -23,12 +23,13 @@ from deepseekmoe.corpus import (
     train_tokenizer,
 )
 from deepseekmoe.evaluate import filling
-from deepseekmoe.hub import register
+from deepseekmoe.hub import load, load_moe_config, register
 from deepseekmoe.optimize import check_options, optimize
 from deepseekmoe.parallel import (
     check_processes,
     main_first,
     processes,
+    spread,
     whole_model,
     without_weights,
 )
@@ -237,11 +238,24 @@ def pretrain(
 
     with processes(runtime):
         tokenizer, train, dev, shape = main_first(prepare)
-        model = train_model(shape, train, config, run, runtime)
-        model.config.use_cache = True
-        save_model(run.path / "model", whole_model(model), tokenizer)
+        if (run.path / "model").is_dir():  # a kill came behind the training
+            model = _load_divided(run.path / "model", config, runtime)
+        else:
+            model = train_model(shape, train, config, run, runtime)
+            model.config.use_cache = True
+            save_model(run.path / "model", whole_model(model), tokenizer)
         discard_checkpoints(run)
     return Trained(model, tokenizer, dev)
+
+
+def _load_divided(folder: Path, config: PretrainConfig, runtime: Runtime) -> Any:
+    """A saved model on the processes that share it, as a training leaves it."""
+    if is_main():
+        model, _ = load(folder, tokenizer=False)
+    else:
+        model = without_weights(load_moe_config(folder))
+    spread(model, config, runtime.torch_device(), runtime.torch_dtype())
+    return model.eval()
 
 
 def _check_held_out(dev: Tokens, length: int) -> None:

@@ -23,12 +23,13 @@ from deepseekmoe.config import OptimizeConfig, SftConfig, TrainingConfig
 from deepseekmoe.corpus import shuffled_batches
 from deepseekmoe.esft import Selection, check_share, chosen_layers, freeze_except, select_experts
 from deepseekmoe.hub import CHAT_TEMPLATE, load, load_moe_config
-from deepseekmoe.lora import add_adapter
+from deepseekmoe.lora import add_adapter, load_adapter
 from deepseekmoe.optimize import check_options, optimize
 from deepseekmoe.parallel import (
     check_processes,
     main_first,
     processes,
+    spread,
     whole_model,
     without_weights,
 )
@@ -71,7 +72,8 @@ def finetune(
     Args:
         source: folder or hub id of the model.
         config: the chats and the training.
-        run: the folder; a run that was killed goes on from its last checkpoint.
+        run: the folder; a run that was killed goes on from its last checkpoint, or takes the model
+            that it had saved.
         runtime: seed, device, precision of the forward pass.
 
     Raises:
@@ -79,12 +81,15 @@ def finetune(
         DataError: there are no such chats, one is malformed, or no reply is within a window.
         ModelError: the model or its tokenizer cannot be had, or the training diverged.
     """
+    done = run.path / ("adapter" if config.lora_rank else "model")
+    finished = done.is_dir()  # a kill came behind the training
 
     def prepare() -> tuple[Any, Any, PackedChats, OptimizeConfig, Selection | None]:
         selection = _check(config)
         conversations = load_chats(config.data, config.split)
         seed_everything(runtime.seed)
-        model, tokenizer = _open(source, is_main() or bool(config.lora_rank or selection))
+        place = str(done) if finished and not config.lora_rank else source
+        model, tokenizer = _open(place, is_main() or bool(config.lora_rank or selection))
         length = config.length or min(LONGEST, model.config.max_position_embeddings)
         chats = encode_chats(conversations, tokenizer, config.data)
         packed = PackedChats(chats, length, _padding(tokenizer))
@@ -100,18 +105,27 @@ def finetune(
         kept = model.dtype
         if world_size() == 1:
             model.to(runtime.torch_device())
-        if not (config.lora_rank or selection):
+        if not (finished or config.lora_rank or selection):
             model.float()
         batches = shuffled_batches(packed.rows, len(packed), options, runtime.seed)
         rank = config.lora_rank
-        adapted = main_first(lambda: add_adapter(model, rank)) if rank else None
+        adapted = None
+        if rank:
+            adapted = main_first(
+                lambda: load_adapter(model, done, True) if finished else add_adapter(model, rank)
+            )
         with freeze_except(model, selection) if selection else nullcontext():
             trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-            optimize(model, batches, options, run, runtime, name="sft")
-        whole = None if adapted else whole_model(model)
-        if whole is not None:
-            whole.to(kept)
-        main_first(lambda: _save(run, whole, adapted, tokenizer))
+            if not finished:
+                optimize(model, batches, options, run, runtime, name="sft")
+        if finished:
+            spread(model, options, runtime.torch_device(), runtime.torch_dtype())
+            model.eval()
+        else:
+            whole = None if adapted else whole_model(model)
+            if whole is not None:
+                whole.to(kept)
+            main_first(lambda: _save(run, whole, adapted, tokenizer))
         discard_checkpoints(run, "sft")
     return Finetuned(adapted or model, tokenizer, packed, options.steps, trained)
 
