@@ -142,6 +142,32 @@ def test_saturation_compares_two_models(command, trained, texts):
     assert all(row["saturation %"] == pytest.approx(100) for row in rows(out))
 
 
+def test_earlier_models_are_kept_and_the_choice_settles(command, texts, tmp_path):
+    words = (
+        "--data", texts, "--vocabulary", 300, "--steps", 12, "--width", 16, "--layers", 2,
+        "--length", 16, "--batch-size", 4, "--routed-experts", 8, "--active-experts", 2,
+        "--warmup-steps", 0, "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    kept, plain = tmp_path / "kept", tmp_path / "plain"
+    code, _, err = command("train", *words, "--out", kept, "--keep-every", 4)
+    assert code == 0, err
+    assert command("train", *words, "--out", plain)[0] == 0
+    assert sorted(path.name for path in kept.glob("model*")) == ["model", "model-4", "model-8"]
+    assert not list(plain.glob("model-*"))
+    file = "model/model.safetensors"
+    assert (kept / file).read_bytes() == (plain / file).read_bytes()
+    shares = []
+    for earlier in ("model-4", "model"):
+        code, out, err = command(
+            "analyze", "saturation", kept / "model", kept / earlier, "--data", texts, "--json"
+        )
+        assert code == 0, err
+        shares.append([row["saturation %"] for row in rows(out)])
+    assert max(shares[0]) < 100
+    assert shares[1] == pytest.approx([100, 100])
+    assert command("evaluate", kept / "model-8", "--data", texts, "--json")[0] == 0
+
+
 def test_ablate_resumes_and_compares(command, texts, tmp_path):
     words = (
         "ablate", "balance", "--data", texts, "--out", tmp_path / "suite", "--vocabulary", 300,
@@ -259,6 +285,8 @@ def test_the_seeds_of_a_suite_are_checked_before_any_work(command, texts, tmp_pa
         (["train", "--data", "{texts}", "--length", "900000"], "do not fill one window"),
         (["train", "--data", "{texts}", "--dev-share", "0.005"], "or --dev-share 0 to hold none out"),
         (["train", "--data", "{texts}", "--steps", "0"], "--steps 0"),
+        (["train", "--data", "{texts}", "--keep-every", "-1"], "--keep-every -1: must be 0"),
+        (["ablate", "balance", "--data", "{texts}", "--keep-every", "2"], "only `train` keeps"),
         (["train", "--data", "{texts}", "--dtype", "float16"], "--dtype float16"),
         (["train", "--data", "{texts}", "--devices", "0"], "n_devices 0"),
         (["train", "--data", "{texts}", "--preset", "16b", "--granularity", "4"],

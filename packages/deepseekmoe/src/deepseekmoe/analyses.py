@@ -148,7 +148,8 @@ def saturation(
 
     Args:
         model: Folder or hub id of the later model.
-        earlier: Folder or hub id of an earlier checkpoint of the same training.
+        earlier: Folder or hub id of an earlier model of the same training; `train --keep-every`
+            keeps them.
     """
     from deepseekmoe.analyze import saturation as compared
     from deepseekmoe.hub import load

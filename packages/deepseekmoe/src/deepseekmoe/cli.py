@@ -154,6 +154,8 @@ def ablate(
     runtime.start()
     for seed in seeds:
         replace(runtime, seed=seed).check()
+    if config.keep_every:
+        raise ConfigError("--keep-every: only `train` keeps models on the way; leave it out")
     if not corpus.dev_share:
         raise ConfigError("--dev-share 0: models are compared on held-out text; hold some out")
     options = options_of(corpus, model, config, runtime, {"suite": suite, "seeds": list(seeds)})

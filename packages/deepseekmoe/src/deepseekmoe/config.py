@@ -143,6 +143,9 @@ class PretrainConfig(OptimizeConfig):
     length: int = 128
     """Tokens of a sequence."""
 
+    keep_every: int = 0
+    """Updates between two models that are kept, in folders `model-STEP` of the run; 0 for none."""
+
     overwrite: bool = False
     """Start anew where a run already lies."""
 

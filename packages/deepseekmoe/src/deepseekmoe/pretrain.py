@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,6 +211,7 @@ def pretrain(
 ) -> Trained:
     """Train a language model from scratch and save it in the run's folder `model`.
 
+    With `keep_every` what it was after so many updates is kept beside it, in `model-STEP`.
     Under torchrun the processes share the work as `config` says; enter `parallel.processes` before to
     go on together with what this gives.
 
@@ -228,6 +230,8 @@ def pretrain(
 
     def prepare() -> tuple[Any, Tokens, Tokens | None, DeepseekMoeConfig]:
         check_options(config)
+        if config.keep_every < 0:
+            raise ConfigError(f"--keep-every {config.keep_every}: must be 0 or more")
         tokenizer, train, dev = open_corpus(corpus, config, run)
         shape = make_config(choice, tokenizer, config.length)
         check_processes(config, shape.n_routed_experts)
@@ -236,12 +240,16 @@ def pretrain(
             _check_held_out(dev, config.length)
         return tokenizer, train, dev, shape
 
+    def keep(step: int, model: Any) -> None:
+        if config.keep_every and step % config.keep_every == 0 and step < config.steps:
+            save_model(run.path / f"model-{step}", whole_model(model), tokenizer)
+
     with processes(runtime):
         tokenizer, train, dev, shape = main_first(prepare)
         if (run.path / "model").is_dir():  # a kill came behind the training
             model = _load_divided(run.path / "model", config, runtime)
         else:
-            model = train_model(shape, train, config, run, runtime)
+            model = train_model(shape, train, config, run, runtime, keep)
             model.config.use_cache = True
             save_model(run.path / "model", whole_model(model), tokenizer)
         discard_checkpoints(run)
@@ -289,6 +297,7 @@ def train_model(
     config: PretrainConfig,
     run: RunDir,
     runtime: Runtime = Runtime(),
+    each_step: Callable[[int, Any], None] | None = None,
 ) -> "DeepseekMoeForCausalLM":
     """Train a model of this configuration on tokens.
 
@@ -298,11 +307,12 @@ def train_model(
         config: the training.
         run: for metrics and checkpoints.
         runtime: seed of the weights and of the order of windows, device, precision.
+        each_step: see `optimize`.
     """
     windows = Windows(train, config.length)
     model = make_model(shape, runtime)
     batches = shuffled_batches(windows.rows, len(windows), config, runtime.seed)
-    return optimize(model, batches, config, run, runtime)
+    return optimize(model, batches, config, run, runtime, each_step=each_step)
 
 
 def _tokenizer(
