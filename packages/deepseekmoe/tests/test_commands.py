@@ -69,6 +69,19 @@ def test_evaluate(command, trained, texts):
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in wanted])
 
 
+def test_what_was_read_is_told(command, trained, texts):
+    words = (trained / "model", "--data", texts / "words.txt", "--length", 32, "--json")
+    notes = []
+    for call in (("evaluate",), ("evaluate", "--dev-share", 0), ("analyze", "active")):
+        code, out, err = command(*call, *words)
+        assert code == 0, err
+        notes.append(json.loads(out)["note"])
+    assert "the 10 % that --dev-share holds out (0 reads everything)" in notes[0]
+    assert notes[1].endswith("words.txt, all of it")
+    some, everything, analysed = (int(note.split()[1].replace(",", "")) for note in notes)
+    assert some == analysed == pytest.approx(everything / 10, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("analysis", "columns"),
     [

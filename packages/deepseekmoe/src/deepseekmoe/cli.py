@@ -9,7 +9,7 @@ from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
 from octavo.runtime import Runtime
 
-from deepseekmoe.analyses import alone, analyze, model_and_tokens
+from deepseekmoe.analyses import alone, analyze, model_and_tokens, what_was_read
 from deepseekmoe.config import (
     CorpusConfig,
     EvaluateConfig,
@@ -84,7 +84,7 @@ def evaluate(
     runtime.start()
     loaded, tokens, length = model_and_tokens(model, corpus, config, runtime)
     rows: Any = evaluate_domains(loaded, tokens, length, config.batch_size)
-    return Outcome({f"Windows of {length} tokens": rows})
+    return Outcome({f"Windows of {length} tokens": rows}, note=what_was_read(corpus, tokens))
 
 
 @app.command
@@ -121,7 +121,8 @@ def trace(
          "tokens": int(many) // loaded.config.num_experts_per_tok}
         for name, many in zip(found.domains, slots, strict=True)
     ]  # fmt: skip
-    return Outcome({"Traced": rows}, note=f"Next: deepseekmoe analyze coactivation --trace {out}")
+    note = f"{what_was_read(corpus, tokens)}\nNext: deepseekmoe analyze coactivation --trace {out}"
+    return Outcome({"Traced": rows}, note=note)
 
 
 app.command(analyze)
