@@ -10,14 +10,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from octavo.errors import ConfigError
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, seed_everything, world_size
 
 from deepseekmoe.analyze import trace_routing
-from deepseekmoe.chats import PackedChats, as_tokens, encode_chats, load_chats
+from deepseekmoe.chats import PackedChats, as_tokens, draw_chats, encode_chats, load_chats
 from deepseekmoe.checkpoints import discard_checkpoints
 from deepseekmoe.config import OptimizeConfig, SftConfig, TrainingConfig
 from deepseekmoe.corpus import shuffled_batches
@@ -209,18 +208,12 @@ def select_for_task(
             raise ConfigError(f"--{name} {value}: must be {1 + (name == 'length')} or more")
     check_share(p)
     conversations = load_chats(data, split)
-    np.random.default_rng(runtime.seed).shuffle(conversations)
     model, tokenizer = load(source, dtype=runtime.torch_dtype())
     assert tokenizer is not None
     model.to(runtime.torch_device())  # pyright: ignore[reportArgumentType]
-    chosen, total = [], 0
-    for number, turns in enumerate(conversations, 1):
-        if total >= sample:
-            break
-        chosen += encode_chats([turns], tokenizer, f"{data} (shuffled), {number}")
-        total += len(chosen[-1])
+    tokens = as_tokens(draw_chats(conversations, tokenizer, data, sample, runtime.seed))
     room = length or min(LONGEST, model.config.max_position_embeddings)
-    trace = trace_routing(model, as_tokens(chosen), min(room, total), batch_size)
+    trace = trace_routing(model, tokens, min(room, len(tokens)), batch_size)
     selection = select_experts(trace, score, p)
     return selection, int(model.config.n_routed_experts or 0)
 
