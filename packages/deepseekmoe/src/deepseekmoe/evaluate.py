@@ -37,6 +37,7 @@ def evaluate_lm(model: Any, tokens: Tokens, length: int, batch_size: int = 16) -
     """
     windows = Windows(tokens, length)
     total, count, broken = 0.0, 0, None
+    batch: dict[str, Tensor] = {}
     device = next(model.parameters()).device
     together = batch_size * world_size()  # windows of all processes at a time
     with console.counter("evaluating", len(windows), "windows") as advance:
