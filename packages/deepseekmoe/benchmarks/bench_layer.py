@@ -156,7 +156,7 @@ def compare(
             assert error <= tolerance, (name, error)
 
 
-def best_of(work: dict[str, Callable[[], None]], tries: int, device: str) -> dict[str, float]:
+def best_of(work: dict[str, Callable[[], Any]], tries: int, device: str) -> dict[str, float]:
     """Seconds of the best try of each, taken in turns."""
     best = dict.fromkeys(work, float("inf"))
     for number in range(tries + 1):

@@ -8,12 +8,11 @@ against one large matrix product. On a CUDA device the released 16B shape is dec
 trained, both in bfloat16 and with random weights; else models of a few million weights in float32.
 """
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_layer import best_of
 from deepseekmoe.accounting import count_parameters, training_flops
 from deepseekmoe.architecture import DeepseekMoeConfig
 from deepseekmoe.config import OptimizeConfig
@@ -32,29 +31,16 @@ SMALL = DeepseekMoeConfig.preset(
 DECODED = 0.4
 
 
-def best_of(work: Callable[[], Any], tries: int, device: str) -> float:
-    """Seconds of the best try, behind one that warms up."""
-    seconds = float("inf")
-    for number in range(tries + 1):
-        begin = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if number:
-            seconds = min(seconds, time.perf_counter() - begin)
-    return seconds
-
-
 def bandwidth(device: str, dtype: torch.dtype, size: int, tries: int) -> float:
     """Bytes a second that are read, from summing a tensor of `size` values."""
     values = torch.ones(size, device=device, dtype=dtype)
-    return values.nbytes / best_of(values.sum, tries, device)
+    return values.nbytes / best_of({"sum": values.sum}, tries, device)["sum"]
 
 
 def matrix_rate(device: str, dtype: torch.dtype, size: int, tries: int) -> float:
     """FLOPs a second of a square matrix product."""
     one = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / best_of(lambda: one @ one, tries, device)
+    return 2 * size**3 / best_of({"product": lambda: one @ one}, tries, device)["product"]
 
 
 def random_model(config: DeepseekMoeConfig, device: str, dtype: torch.dtype) -> Any:
@@ -89,7 +75,7 @@ def decode(
             )  # fmt: skip
             assert out.shape[1] == 16 + tokens
 
-        rate = tokens / best_of(run, tries, device)
+        rate = tokens / best_of({cache: run}, tries, device)[cache]
         rows.append(
             {"what": f"decoding, {cache} cache", "tokens a second": rate, "bound": bound,
              "share": rate / bound, "aim": DECODED}
@@ -112,7 +98,7 @@ def step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = best_of(run, tries, device)
+    seconds = best_of({"step": run}, tries, device)["step"]
     bound = matrix_rate(device, dtype, 8192 if device == "cuda" else 1024, tries)
     most = bound * length / training_flops(config, length)
     rate = batch * length / seconds

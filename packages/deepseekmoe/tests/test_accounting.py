@@ -62,7 +62,7 @@ def test_baselines_have_the_papers_budgets(preset):
 
 def test_a_wrong_budget_is_found(monkeypatch):
     monkeypatch.setitem(BASELINES, "gshard", BASELINES["gshard"] | {"routed": 20})
-    assert "gshard: experts are 20.00 FFNs, not 16" in budget_errors(
+    assert "gshard: experts in FFNs are 20.00, not 16" in budget_errors(
         DeepseekMoeConfig.preset("tiny")
     )
 

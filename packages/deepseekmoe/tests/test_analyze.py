@@ -24,7 +24,7 @@ from deepseekmoe.corpus import Tokens
 from deepseekmoe.evaluate import evaluate_domains, evaluate_lm
 from deepseekmoe.layer import intervene
 from deepseekmoe.modeling import DeepseekMoeForCausalLM
-from octavo.errors import ConfigError, DataError
+from octavo.errors import ConfigError, DataError, ModelError
 
 
 @pytest.fixture
@@ -66,6 +66,51 @@ def test_domains_and_all_of_them(model, tokens):
     rows = evaluate_domains(model, tokens, 16)
     assert [row["domain"] for row in rows] == ["low", "high", "all"]
     assert rows[2]["loss"] == pytest.approx((rows[0]["loss"] + rows[1]["loss"]) / 2)
+
+
+def test_domains_that_fill_no_window_are_told(model, tokens, caplog):
+    short = dataclasses.replace(tokens, starts=np.array([0, 150]))
+    rows = evaluate_domains(model, short, 16)
+    assert [row["domain"] for row in rows] == ["low"]
+    assert "left out, as they fill no window of 16 tokens: high (10 tokens)" in caplog.text
+    with pytest.raises(
+        DataError, match=r"no domain fills a window of 90 tokens: low \(80 tokens\)"
+    ):
+        evaluate_domains(model, tokens, 90)
+
+
+def test_a_batch_without_a_predicted_token_spoils_nothing(model):
+    values = np.array([5, 6, 7, 8, 9, 10], dtype=np.uint32)
+    starts = np.array([0, 1, 2])  # the first two windows of two begin a document with every token
+    tokens = Tokens(values, starts, ["a"] * 3, np.array([1, 1, 4]))
+    found = evaluate_lm(model, tokens, 2, batch_size=1)
+    whole = evaluate_lm(model, tokens, 2, batch_size=3)
+    assert found["tokens"] == whole["tokens"] == 2
+    assert found["loss"] == pytest.approx(whole["loss"])
+    alone = Tokens(values, np.arange(6), ["a"] * 6, np.ones(6))
+    with pytest.raises(DataError, match="no token is predicted"):
+        evaluate_lm(model, alone, 2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "told"),
+    [
+        ("model.layers.1.mlp.gate.weight", "layer 1 gives NaN or infinity"),
+        ("model.layers.0.mlp.experts.down_proj", "layer 0 gives"),
+        ("model.embed_tokens.weight", "the embedding gives"),
+        ("lm_head.weight", "the output layer gives"),
+    ],
+)
+def test_a_model_of_no_numbers_is_told_by_its_layer(model, tokens, weight, told):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_parameter(weight).fill_(float("nan"))
+    for analysis in (evaluate_lm, evaluate_domains, trace_routing, disable_top, swap_shared):
+        with pytest.raises(ModelError, match=told):
+            analysis(model, tokens, 16)
+    for pair in ((model, twin), (twin, model)):
+        with pytest.raises(ModelError, match=told):
+            saturation(*pair, tokens, 16)
 
 
 def test_disabling_rounds_to_whole_experts(model, tokens):

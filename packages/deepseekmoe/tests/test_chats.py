@@ -1,6 +1,7 @@
 """Chats: the mask is the template's own, windows are dense and keep conversations apart."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ from deepseekmoe.chats import (
     Chat,
     PackedChats,
     best_fit,
+    draw_chats,
     encode_chat,
+    encode_chats,
     encode_question,
     load_chats,
 )
 from deepseekmoe.hub import CHAT_TEMPLATE
 from hypothesis import given
 from hypothesis import strategies as st
+from octavo import console
 from octavo.errors import ConfigError, DataError
 from octavo.tiny import Shape, make_tokenizer
 
@@ -47,6 +51,30 @@ def test_the_mask_is_on_replies_and_their_end(tokenizer):
     )
     whole = tokenizer.apply_chat_template(TURNS[:5], chat_template=CHAT_TEMPLATE, tokenize=False)
     assert tokenizer.decode(chat.ids) == whole
+
+
+def test_a_drawn_conversation_is_named_by_its_row(tokenizer, monkeypatch):
+    bars = []
+
+    @contextmanager
+    def counter(*_):
+        bars.append(0)
+        yield lambda amount: bars.append(amount)
+
+    monkeypatch.setattr(console, "counter", counter)
+    many = [TURNS[1:3]] * 40
+    size = len(encode_chat(TURNS[1:3], tokenizer))
+    for seed in (0, 1):
+        assert len(draw_chats(many, tokenizer, "chats.jsonl", 3 * size + 1, seed)) == 4
+    assert bars == 2 * [0, size, size, size, size]  # one bar a draw
+    assert len(draw_chats(many, tokenizer, "chats.jsonl", 10**6, 0)) == 40
+    refused = [{"role": "nobody", "content": "x"}, TURNS[2]]
+    for draw in (
+        lambda: draw_chats([*many, refused], tokenizer, "chats.jsonl", 10**6, 0),
+        lambda: encode_chats([*many, refused], tokenizer, "chats.jsonl"),
+    ):
+        with pytest.raises(DataError, match=r"^chats.jsonl, conversation 41, message 1"):
+            draw()
 
 
 def test_what_stands_before_a_reply_is_what_the_model_is_asked_with(tokenizer):

@@ -1,9 +1,11 @@
 """Every command on a user's own data, with good input and with bad."""
 
 import json
+from importlib import import_module
 
 import pytest
 from deepseekmoe.analyze import Trace
+from deepseekmoe.architecture import BASELINES
 from deepseekmoe.esft import Selection, select_experts
 from deepseekmoe.hub import load
 
@@ -26,12 +28,58 @@ def test_train_leaves_a_model_and_what_it_measured(trained):
     assert "| sums |" in card
 
 
+def test_a_run_that_was_killed_behind_its_training_does_not_train_again(
+    command, texts, tmp_path, monkeypatch
+):
+    evaluate, pretrain = (import_module(f"deepseekmoe.{name}") for name in ("evaluate", "pretrain"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    words = (
+        "train", "--data", texts, "--out", out, "--vocabulary", 300, "--steps", 4, "--width", 16,
+        "--layers", 1, "--length", 16, "--batch-size", 2, "--log-every", 2, "--routed-experts", 4,
+        "--active-experts", 2, "--device", "cpu", "--json",
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_domains", stop)
+        assert command(*words)[0] == 130
+    metrics = (out / "metrics.jsonl").read_bytes()
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(pretrain, "train_model", stop)
+    code, printed, err = command(*words)
+    assert code == 0, err
+    assert [row["domain"] for row in rows(printed)] == ["sums", "words", "all"]
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+    model = out / "model"
+    code, printed, _ = command("evaluate", model, "--data", texts, "--length", 16, "--json")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert [row["loss"] for row in evaluation] == pytest.approx(
+        [row["loss"] for row in rows(printed)]
+    )
+
+
 def test_evaluate(command, trained, texts):
     code, out, _ = command("evaluate", trained / "model", "--data", texts, "--length", 32, "--json")
     assert code == 0
     found = rows(out)
     wanted = json.loads((trained / "evaluation.json").read_text())
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in wanted])
+
+
+def test_what_was_read_is_told(command, trained, texts):
+    words = (trained / "model", "--data", texts / "words.txt", "--length", 32, "--json")
+    notes = []
+    for call in (("evaluate",), ("evaluate", "--dev-share", 0), ("analyze", "active")):
+        code, out, err = command(*call, *words)
+        assert code == 0, err
+        notes.append(json.loads(out)["note"])
+    assert "the 10 % that --dev-share holds out (0 reads everything)" in notes[0]
+    assert notes[1].endswith("words.txt, all of it")
+    some, everything, analysed = (int(note.split()[1].replace(",", "")) for note in notes)
+    assert some == analysed == pytest.approx(everything / 10, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +155,32 @@ def test_saturation_compares_two_models(command, trained, texts):
     assert all(row["saturation %"] == pytest.approx(100) for row in rows(out))
 
 
+def test_earlier_models_are_kept_and_the_choice_settles(command, texts, tmp_path):
+    words = (
+        "--data", texts, "--vocabulary", 300, "--steps", 12, "--width", 16, "--layers", 2,
+        "--length", 16, "--batch-size", 4, "--routed-experts", 8, "--active-experts", 2,
+        "--warmup-steps", 0, "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    kept, plain = tmp_path / "kept", tmp_path / "plain"
+    code, _, err = command("train", *words, "--out", kept, "--keep-every", 4)
+    assert code == 0, err
+    assert command("train", *words, "--out", plain)[0] == 0
+    assert sorted(path.name for path in kept.glob("model*")) == ["model", "model-4", "model-8"]
+    assert not list(plain.glob("model-*"))
+    file = "model/model.safetensors"
+    assert (kept / file).read_bytes() == (plain / file).read_bytes()
+    shares = []
+    for earlier in ("model-4", "model"):
+        code, out, err = command(
+            "analyze", "saturation", kept / "model", kept / earlier, "--data", texts, "--json"
+        )
+        assert code == 0, err
+        shares.append([row["saturation %"] for row in rows(out)])
+    assert max(shares[0]) < 100
+    assert shares[1] == pytest.approx([100, 100])
+    assert command("evaluate", kept / "model-8", "--data", texts, "--json")[0] == 0
+
+
 def test_ablate_resumes_and_compares(command, texts, tmp_path):
     words = (
         "ablate", "balance", "--data", texts, "--out", tmp_path / "suite", "--vocabulary", 300,
@@ -133,6 +207,28 @@ def test_params_of_presets_and_of_a_model(command, trained):
     assert code == 0
     model, _ = load(trained / "model", tokenizer=False)
     assert rows(out)[0]["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_params_of_baselines_show_equal_budgets(command):
+    code, out, err = command("params", "--preset", "tiny", "--baseline", "gshard", "--json")
+    assert code == 0, err
+    ours, gshard = rows(out)
+    assert (ours["model"], gshard["model"]) == ("tiny", "tiny, gshard")
+    for row in (ours, gshard):
+        assert (row["experts in FFNs"], row["active in FFNs"]) == (16, 2)
+    code, out, _ = command("params", "--baselines", "--json")
+    assert code == 0
+    budgets = {row["model"]: (row["experts in FFNs"], row["active in FFNs"]) for row in rows(out)}
+    assert len(budgets) == 1 + len(BASELINES)
+    assert budgets["2b, dense-x4"] == (4, 4)
+    assert budgets["2b, switch"] == (16, 1)
+    assert budgets["2b, gshard-x1.5"] == pytest.approx((24, 3), rel=0.005)
+    code, _, err = command("params", "--preset", "16b", "--baselines")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "first dense layer's width" in err
+    code, _, err = command("params", "--baseline", "mixtral")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no baseline 'mixtral'" in err
 
 
 def test_generate_continues_and_chats(command, trained):
@@ -167,13 +263,47 @@ def test_doctor_names_the_backends(command):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["upcycle", "{model}", "--out", "{new}"],
+        ["convert", "{model}", "--out", "{new}"],
+        ["generate", "{model}", "the cat"],
+        ["check", "{model}"],
+        ["evaluate", "{model}", "--data", "{texts}"],
+        ["trace", "{model}", "--data", "{texts}", "--out", "{new}"],
+        ["params"],
+        ["doctor", "--device", "cpu"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_commands_run_alone(command, trained, texts, tmp_path, monkeypatch, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    places = {"model": trained / "model", "texts": texts, "new": tmp_path / "new"}
+    code, _, err = command(*[word.format(**places) for word in words])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "only `train` and `sft` run under torchrun" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_seeds_of_a_suite_are_checked_before_any_work(command, texts, tmp_path):
+    out = tmp_path / "suite"
+    code, _, err = command("ablate", "balance", "--data", texts, "--out", out, "--seeds=0,-1")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "--seed -1: must be from 0" in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["train", "--data", "{texts}", "--preset", "7b"], "no preset '7b'"),
         (["train", "--data", "{texts}", "--baseline", "mixtral"], "no baseline 'mixtral'"),
         (["train", "--data", "{texts}", "--length", "1"], "--length 1: must be 2"),
         (["train", "--data", "{texts}", "--length", "900000"], "do not fill one window"),
+        (["train", "--data", "{texts}", "--dev-share", "0.005"], "or --dev-share 0 to hold none out"),
         (["train", "--data", "{texts}", "--steps", "0"], "--steps 0"),
+        (["train", "--data", "{texts}", "--keep-every", "-1"], "--keep-every -1: must be 0"),
+        (["ablate", "balance", "--data", "{texts}", "--keep-every", "2"], "only `train` keeps"),
         (["train", "--data", "{texts}", "--dtype", "float16"], "--dtype float16"),
         (["train", "--data", "{texts}", "--devices", "0"], "n_devices 0"),
         (["train", "--data", "{texts}", "--preset", "16b", "--granularity", "4"],
@@ -219,6 +349,8 @@ def test_wrong_training_is_one_line_and_leaves_nothing(command, texts, tmp_path,
         (["evaluate", "{model}", "--data", "{texts}", "--batch-size", "0"], "--batch-size 0"),
         (["evaluate", "{model}", "--data", "{empty}"], "holds no data file"),
         (["evaluate", "{model}", "--data", "{texts}", "--length", "1"], "--length 1"),
+        (["evaluate", "{model}", "--data", "{texts}", "--length", "999999"],
+         "no domain fills a window of 999999 tokens"),
         (["analyze", "disable-top", "{model}", "--data", "{texts}", "--length", "999999"],
          "do not fill one window"),
         (["generate", "{model}", "x", "--max-new-tokens", "0"], "--max-new-tokens"),

@@ -90,6 +90,17 @@ def test_a_folder_of_texts_is_split_by_place_at_a_lines_end(tmp_path):
     assert everything[1].text == "alpha\nbeta\n"
 
 
+def test_a_text_file_alone_is_the_document_that_it_is_in_a_folder(tmp_path):
+    (tmp_path / "one.txt").write_text("".join(f"line {n:02d}\n" for n in range(20)))
+    for part in ("train", "dev"):
+        alone, inside = (
+            list(documents(CorpusConfig(data=str(place), dev_share=0.25), part))
+            for place in (tmp_path / "one.txt", tmp_path)
+        )
+        assert alone == inside
+        assert [one.domain for one in alone] == ["one"]
+
+
 def test_of_rows_every_so_manieth_is_held_out(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"body": "text {number}"}}\n' for number in range(10)))

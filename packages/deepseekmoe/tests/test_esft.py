@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepseekmoe import hub
+from deepseekmoe import esft, hub
 from deepseekmoe.analyze import Trace
 from deepseekmoe.esft import Selection, freeze_except, relevance, select_experts
 from deepseekmoe.modeling import DeepseekMoeForCausalLM
@@ -166,6 +166,34 @@ def test_a_selection_of_another_model_is_refused(small, experts, words):
     model: Any = DeepseekMoeForCausalLM(small())
     with pytest.raises(ConfigError, match=words), freeze_except(model, Selection(experts)):
         pass
+
+
+def test_shared_experts_of_a_model_without_any_are_refused(small):
+    model: Any = DeepseekMoeForCausalLM(small(n_shared_experts=0))
+    for experts in ({}, {1: [0]}):
+        selection = Selection(experts, shared_experts=True)
+        with pytest.raises(ConfigError, match="shared experts, and the model has none"):
+            freeze_except(model, selection).__enter__()
+
+
+def test_a_layer_that_cannot_be_divided_does_not_hide_why(small, monkeypatch):
+    model: Any = DeepseekMoeForCausalLM(small(first_k_dense_replace=0))
+    banks = [layer.mlp.experts for layer in model.model.layers]
+
+    class Broken(esft._PartlyTrained):
+        def __init__(self, bank, chosen):
+            if bank is banks[1]:
+                raise MemoryError("no room for the second")
+            super().__init__(bank, chosen)
+
+    monkeypatch.setattr(esft, "_PartlyTrained", Broken)
+    with (
+        pytest.raises(MemoryError, match="no room for the second"),
+        freeze_except(model, Selection({0: [1], 1: [2]})),
+    ):
+        pass
+    assert [layer.mlp.experts for layer in model.model.layers] == banks
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_select_and_tune_by_commands(command, trained, chats, tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from deepseekmoe import hub
@@ -95,6 +96,59 @@ def test_an_expert_too_many_is_named(released):
     extra = {"model.layers.1.mlp.experts.8.up_proj.weight": torch.zeros(16, 32)}
     with pytest.raises(ModelError, match=r"experts.8.up_proj.weight, which is none of this model"):
         hub.load(released(extra=extra), tokenizer=False)
+
+
+@pytest.fixture
+def hub_of(monkeypatch):
+    """Makes `snapshot_download` give a folder; what was asked for is in the list."""
+    asked = []
+
+    def serve(folder):
+        def give(name, *, allow_patterns, **options):
+            asked.append((name, allow_patterns, options))
+            if isinstance(folder, Exception):
+                raise folder
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+        return asked
+
+    return serve
+
+
+def test_a_hub_id_is_checked_before_it_is_loaded(released, hub_of, monkeypatch):
+    folder = released(drop=(EXPERT,))
+    asked = hub_of(folder)
+    monkeypatch.setattr(hub, "load_checked", None)
+    with pytest.raises(ModelError, match=rf"tensor {EXPERT} is missing$".replace(".", r"\.")):
+        hub.load("someone/moe", tokenizer=False, revision="first")
+    assert [options for *_, options in asked] == [{"revision": "first"}] * 2
+
+
+def test_a_hub_id_is_loaded_from_where_it_lies(released, hub_of):
+    asked = hub_of(released())
+    model, _ = hub.load("someone/moe", tokenizer=False, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.name_or_path == model.config.name_or_path == "someone/moe"
+    assert [name for name, *_ in asked] == ["someone/moe"] * 2
+
+
+def test_weights_of_another_family_are_not_fetched(released, hub_of):
+    asked = hub_of(released(settings={"model_type": "deepseek_v2"}))
+    with pytest.raises(ModelError, match="latent attention"):
+        hub.load("someone/other")
+    assert [files for _, files, _ in asked] == ["config.json"]
+
+
+def test_a_hub_that_gives_nothing_is_one_line(hub_of, command):
+    hub_of(huggingface_hub.errors.LocalEntryNotFoundError("no network\nand more"))
+    code, _, err = command("generate", "someone/moe", "the cat")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "someone/moe: neither a folder here nor a model the hub gave" in err
+    assert "(no network)" in err
+    code, _, err = command("generate", "./nowhere", "the cat")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "./nowhere: no such folder" in err
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,29 @@ def test_what_is_no_adapter_of_the_model_is_refused(command, trained, small, tmp
         merge_adapter(hub.load(trained / "model")[0], tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("trained", "merged", "told"),
+    [
+        ({}, {"num_hidden_layers": 3}, r"it lacks base_model.model.model.layers.2.*lora_A"),
+        ({"num_hidden_layers": 3}, {}, r"has, and the model has no place for, .*layers.2.*lora_A"),
+        ({}, {"first_k_dense_replace": 0}, r"it lacks .*layers.0.mlp.experts"),
+        ({"n_routed_experts": 0, "num_experts_per_tok": 0}, {}, None),  # on attention alone
+    ],
+    ids=["deeper", "shallower", "other targets", "fewer targets"],
+)
+def test_an_adapter_of_another_depth_is_refused_by_a_name(
+    small, tmp_path, recwarn, trained, merged, told
+):
+    add_adapter(DeepseekMoeForCausalLM(small(**trained)), 2).save_pretrained(tmp_path / "adapter")
+    before = DeepseekMoeForCausalLM(small(**merged))
+    if told is None:
+        merge_adapter(before, tmp_path / "adapter")
+        return
+    with pytest.raises(ModelError, match=told):
+        merge_adapter(before, tmp_path / "adapter")
+    assert not [one for one in recwarn if "adapter keys" in str(one.message)]
+
+
 def test_without_peft_the_extra_is_named(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"deepseekmoe\[lora\]"):

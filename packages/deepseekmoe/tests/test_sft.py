@@ -101,6 +101,33 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert not (tmp_path / "cut" / "checkpoints" / "sft").exists()
 
 
+@pytest.mark.parametrize("kind", ["all", "experts", "lora"])
+def test_a_tuning_that_was_killed_once_it_was_saved_does_not_tune_again(
+    command, trained, chats, tmp_path, monkeypatch, kind
+):
+    import deepseekmoe.sft as sft
+
+    if kind == "lora":
+        pytest.importorskip("peft", reason="the extra [lora] is not installed")
+    Selection({0: [1, 4], 1: [0]}).save(tmp_path / "experts.json")
+    more = {"all": {}, "experts": {"experts": tmp_path / "experts.json"}, "lora": {"lora_rank": 2}}
+    config = SftConfig(
+        data=str(chats), out=tmp_path / "run", length=64, epochs=1, learning_rate=0.1, **more[kind]
+    )
+    with RunDir.open(config.out, {}) as run:
+        first = finetune(str(trained / "model"), config, run)
+        monkeypatch.setattr(sft, "optimize", None)
+        again = finetune(str(trained / "model"), config, run)
+    assert (again.trained, again.steps) == (first.trained, first.steps)
+    before, _ = hub.load(trained / "model")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        one, two, plain = (tuned(input_ids=ids).logits for tuned in
+                           (first.model, again.model, before))  # fmt: skip
+    assert torch.allclose(one, two, atol=1e-6)
+    assert not torch.allclose(one, plain, atol=1e-3)
+
+
 def test_precision_of_the_checkpoint_is_kept_and_weights_are_tuned_in_float32(
     command, trained, chats, tmp_path
 ):

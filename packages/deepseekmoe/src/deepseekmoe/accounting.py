@@ -4,7 +4,7 @@
 of a checkpoint all read it.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from deepseekmoe.architecture import BASELINES, DeepseekMoeConfig
@@ -155,6 +155,18 @@ def cost_row(config: DeepseekMoeConfig, length: int | None = None) -> dict[str, 
     }
 
 
+def budget_row(config: DeepseekMoeConfig, standard: DeepseekMoeConfig) -> dict[str, Any]:
+    """How many standard FFNs a model's experts are, all of them and those that a token meets.
+
+    Args:
+        config: of the model.
+        standard: has experts in every layer; its `intermediate_size` is the standard FFN's width.
+    """
+    ffn = 3 * standard.hidden_size * standard.intermediate_size * len(standard.moe_layers)
+    count = count_parameters(config)
+    return {"experts in FFNs": count.experts / ffn, "active in FFNs": count.active_experts / ffn}
+
+
 def budget_errors(config: DeepseekMoeConfig) -> list[str]:
     """Where the baselines' budgets are not what the paper gives them; empty when they are.
 
@@ -162,7 +174,6 @@ def budget_errors(config: DeepseekMoeConfig) -> list[str]:
     2; top-1 routing has 1, dense models as many as they say. A share of a percent is left to the
     rounding of widths.
     """
-    ffn = 3 * config.hidden_size * config.intermediate_size * len(config.moe_layers)
     wanted = dict.fromkeys(BASELINES, (16.0, 2.0)) | {
         "dense": (1.0, 1.0),
         "dense-x4": (4.0, 4.0),
@@ -174,8 +185,8 @@ def budget_errors(config: DeepseekMoeConfig) -> list[str]:
     }
     found = []
     for name, budget in wanted.items():
-        count = asdict(count_parameters(config.baseline(name)))
-        for key, ffns in zip(("experts", "active_experts"), budget, strict=True):
-            if abs(count[key] / ffn / ffns - 1) > 0.005:
-                found.append(f"{name}: {key} are {count[key] / ffn:.2f} FFNs, not {ffns:g}")
+        row = budget_row(config.baseline(name), config)
+        for (key, many), ffns in zip(row.items(), budget, strict=True):
+            if abs(many / ffns - 1) > 0.005:
+                found.append(f"{name}: {key} are {many:.2f}, not {ffns:g}")
     return found

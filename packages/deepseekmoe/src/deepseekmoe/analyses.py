@@ -148,7 +148,8 @@ def saturation(
 
     Args:
         model: Folder or hub id of the later model.
-        earlier: Folder or hub id of an earlier checkpoint of the same training.
+        earlier: Folder or hub id of an earlier model of the same training; `train --keep-every`
+            keeps them.
     """
     from deepseekmoe.analyze import saturation as compared
     from deepseekmoe.hub import load
@@ -192,6 +193,12 @@ def model_and_tokens(
         return loaded, replace(tokens, values=tokens.values[:].copy()), length
 
 
+def what_was_read(corpus: CorpusConfig, tokens: Any) -> str:
+    """How much of the texts `model_and_tokens` gave."""
+    share = f"the {100 * corpus.dev_share:g} % that --dev-share holds out (0 reads everything)"
+    return f"Read: {len(tokens):,} tokens of {corpus.data}, {share if corpus.dev_share else 'all of it'}"
+
+
 def _analysed(
     analyse: Any, title: str, model: str, corpus: CorpusConfig, config: EvaluateConfig,
     runtime: Runtime,
@@ -199,7 +206,8 @@ def _analysed(
     """Run an analysis that takes a model, tokens and a window's length."""
     runtime.start()
     loaded, tokens, length = model_and_tokens(model, corpus, config, runtime)
-    return Outcome({title: analyse(loaded, tokens, length, batch_size=config.batch_size)})
+    rows = analyse(loaded, tokens, length, batch_size=config.batch_size)
+    return Outcome({title: rows}, note=what_was_read(corpus, tokens))
 
 
 def _traced(

@@ -18,7 +18,7 @@ from octavo.errors import ConfigError, DataError
 from octavo.rundir import atomic
 
 from deepseekmoe.corpus import Tokens, Windows
-from deepseekmoe.evaluate import evaluate_lm
+from deepseekmoe.evaluate import evaluate_lm, filling, tell_break
 from deepseekmoe.layer import intervene, moe_layers, record_routing
 from deepseekmoe.routing import count_experts
 
@@ -184,6 +184,11 @@ def trace_routing(
         length: tokens of a window.
         batch_size: windows at a time.
         words: count by token of the vocabulary too.
+
+    Raises:
+        ConfigError: the model has no routed experts.
+        DataError: no domain fills a window.
+        ModelError: the model gives NaN or infinity.
     """
     experts, many = _routed(model), len(moe_layers(model))
     names, counts, gates = [], [], []
@@ -193,19 +198,17 @@ def trace_routing(
     )
     sums = np.zeros((many, SUM_BINS), dtype=np.int64)
     device = next(model.parameters()).device
-    for domain in dict.fromkeys(tokens.domains):
-        part = tokens.of_domain(domain)
-        if len(part) < length:
-            continue
-        windows = Windows(part, length)
+    for domain in filling(tokens, length):
+        windows = Windows(tokens.of_domain(domain), length)
         here = np.zeros((many, experts), dtype=np.int64)
         weight = np.zeros((many, experts))
         with console.counter(f"tracing {domain}", len(windows), "windows") as advance:
             for begin in range(0, len(windows), batch_size):
                 rows = windows.rows(range(begin, min(len(windows), begin + batch_size)))
                 rows.pop("labels")
+                rows = {name: value.to(device) for name, value in rows.items()}
                 with record_routing(model) as found:
-                    model(**{name: value.to(device) for name, value in rows.items()})
+                    _run(model, rows)
                 for layer, (routing,) in enumerate(found):
                     ids, kept = routing.ids.cpu(), routing.weights.cpu()
                     here[layer] += count_experts(ids, experts).numpy()
@@ -217,14 +220,12 @@ def trace_routing(
                     kept_sums = kept.sum(dim=1).clamp(0, 1).numpy()
                     sums[layer] += np.histogram(kept_sums, SUM_BINS, (0, 1))[0]
                     if vocabulary is not None:
-                        flat = rows["input_ids"].flatten().numpy()
+                        flat = rows["input_ids"].flatten().cpu().numpy()
                         np.add.at(vocabulary[layer], (flat[:, None], ids.numpy()), 1)
                 advance(len(rows["input_ids"]))
         names.append(domain)
         counts.append(here)
         gates.append(weight)
-    if not names:
-        raise DataError(f"no domain fills a window of {length} tokens")
     layers = [layer.gate.layer for layer in moe_layers(model)]
     return Trace(names, np.stack(counts), np.stack(gates), pairs, layers, vocabulary, sums)
 
@@ -346,6 +347,7 @@ def saturation(
 
     Raises:
         ConfigError: the models have other numbers of layers or experts.
+        ModelError: a model gives NaN or infinity.
     """
     if _routed(earlier) != _routed(later) or len(moe_layers(earlier)) != len(moe_layers(later)):
         raise ConfigError("the two models have other layers or experts: compare one training's")
@@ -358,8 +360,8 @@ def saturation(
         rows.pop("labels")
         rows = {name: value.to(device) for name, value in rows.items()}
         with record_routing(earlier) as first, record_routing(later) as second:
-            earlier(**rows)
-            later(**rows)
+            _run(earlier, rows)
+            _run(later, rows)
         for layer, ((one,), (two,)) in enumerate(zip(first, second, strict=True)):
             both = (one.ids[:, :, None] == two.ids[:, None, :]).any(dim=-1)
             same[layer] += float(both.double().mean(dim=-1).sum())
@@ -368,6 +370,17 @@ def saturation(
         {"layer": layer.gate.layer, "saturation %": 100 * value / max(1, total)}
         for layer, value in zip(moe_layers(later), same, strict=True)
     ]
+
+
+def _run(model: Any, rows: dict[str, Any]) -> None:
+    """Call a model, for what is recorded meanwhile.
+
+    Raises:
+        ModelError: it gives NaN or infinity.
+    """
+    logits = model(**rows).logits
+    if not all(bool(end.isfinite()) for end in logits.aminmax()):
+        tell_break(model, rows)
 
 
 def _slots_a_token(trace: Trace, layer: int) -> int:

@@ -176,13 +176,40 @@ def encode_chats(
 
     chats = []
     with console.counter("tokenising", len(conversations), "chats") as advance:
-        for number, turns in enumerate(conversations, 1):
-            try:
-                chats.append(encode_chat(turns, tokenizer))
-            except DataError as error:
-                raise DataError(f"{source}, conversation {number}, {error}") from None
+        for place in range(len(conversations)):
+            chats.append(_encode_one(conversations, place, tokenizer, source))
             advance(1)
     return chats
+
+
+def draw_chats(
+    conversations: Sequence[Turns], tokenizer: "PreTrainedTokenizerBase", source: str,
+    tokens: int, seed: int,
+) -> list[Chat]:  # fmt: skip
+    """`encode_chat` of conversations drawn at random, until there are so many tokens or no more."""
+    from octavo import console
+
+    chats, total = [], 0
+    order = list(range(len(conversations)))
+    np.random.default_rng(seed).shuffle(order)
+    with console.counter("tokenising", tokens, "tokens") as advance:
+        for place in order:
+            if total >= tokens:
+                break
+            chats.append(_encode_one(conversations, place, tokenizer, source))
+            total += len(chats[-1])
+            advance(len(chats[-1]))
+    return chats
+
+
+def _encode_one(
+    conversations: Sequence[Turns], place: int, tokenizer: "PreTrainedTokenizerBase", source: str
+) -> Chat:
+    """`encode_chat` of one of many, which an error names by its number from 1."""
+    try:
+        return encode_chat(conversations[place], tokenizer)
+    except DataError as error:
+        raise DataError(f"{source}, conversation {place + 1}, {error}") from None
 
 
 def _render(turns: Turns, tokenizer: Any, ask: bool) -> str:

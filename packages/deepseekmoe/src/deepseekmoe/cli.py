@@ -9,7 +9,7 @@ from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
 from octavo.runtime import Runtime
 
-from deepseekmoe.analyses import alone, analyze, model_and_tokens
+from deepseekmoe.analyses import alone, analyze, model_and_tokens, what_was_read
 from deepseekmoe.config import (
     CorpusConfig,
     EvaluateConfig,
@@ -84,7 +84,7 @@ def evaluate(
     runtime.start()
     loaded, tokens, length = model_and_tokens(model, corpus, config, runtime)
     rows: Any = evaluate_domains(loaded, tokens, length, config.batch_size)
-    return Outcome({f"Windows of {length} tokens": rows})
+    return Outcome({f"Windows of {length} tokens": rows}, note=what_was_read(corpus, tokens))
 
 
 @app.command
@@ -121,7 +121,8 @@ def trace(
          "tokens": int(many) // loaded.config.num_experts_per_tok}
         for name, many in zip(found.domains, slots, strict=True)
     ]  # fmt: skip
-    return Outcome({"Traced": rows}, note=f"Next: deepseekmoe analyze coactivation --trace {out}")
+    note = f"{what_was_read(corpus, tokens)}\nNext: deepseekmoe analyze coactivation --trace {out}"
+    return Outcome({"Traced": rows}, note=note)
 
 
 app.command(analyze)
@@ -153,6 +154,10 @@ def ablate(
 
     alone()
     runtime.start()
+    for seed in seeds:
+        replace(runtime, seed=seed).check()
+    if config.keep_every:
+        raise ConfigError("--keep-every: only `train` keeps models on the way; leave it out")
     if not corpus.dev_share:
         raise ConfigError("--dev-share 0: models are compared on held-out text; hold some out")
     options = options_of(corpus, model, config, runtime, {"suite": suite, "seeds": list(seeds)})
@@ -316,6 +321,7 @@ def upcycle(
     from deepseekmoe.upcycle import upcycle as upcycled
 
     refuse_folder(out, overwrite)
+    alone()
     runtime.start()
     loaded, tokenizer = load_dense(dense)
     model = upcycled(
@@ -358,6 +364,7 @@ def convert(
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"--max-shard-size {max_shard_size}: must be like 5GB")
     refuse_folder(out, overwrite)
+    alone()
     loaded, tokenizer = load(model, dtype="auto")
     result: Any = merge_adapter(loaded, adapter) if adapter else loaded
     if dtype:
@@ -370,26 +377,44 @@ def convert(
 
 @app.command
 def params(
-    model: str | None = None, *, preset: tuple[Models, ...] = ("2b", "16b", "145b"),
+    model: str | None = None,
+    *,
+    preset: tuple[Models, ...] = (),
+    baseline: tuple[str, ...] = (),
+    baselines: bool = False,
     length: int | None = None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Total and active parameters, FLOPs and memory, from the configuration alone.
 
     Args:
         model: Folder or hub id of a model; by default presets.
-        preset: Presets to count.
+        preset: Presets to count; by default 2b, 16b and 145b, beside baselines 2b.
+        baseline: Baselines to count beside each, with experts in standard FFNs; `train` names them.
+        baselines: All of them.
         length: Tokens of a sequence; by default what the model was made for.
     """
-    from deepseekmoe.accounting import cost_row
-    from deepseekmoe.architecture import DeepseekMoeConfig
+    from deepseekmoe.accounting import budget_row, cost_row
+    from deepseekmoe.architecture import BASELINES, DeepseekMoeConfig
     from deepseekmoe.hub import load_moe_config
 
+    alone()
+    rivals = tuple(BASELINES) if baselines else baseline
+    presets = preset or (("2b",) if rivals else ("2b", "16b", "145b"))
     configs = (
         {model: load_moe_config(model)}
         if model
-        else {name: DeepseekMoeConfig.preset(name) for name in preset}
+        else {name: DeepseekMoeConfig.preset(name) for name in presets}
     )
-    rows = [{"model": name} | cost_row(config, length) for name, config in configs.items()]
+    rows = []
+    for name, config in configs.items():
+        if not rivals:
+            rows.append({"model": name} | cost_row(config, length))
+            continue
+        cells = {name: config} | {f"{name}, {rival}": config.baseline(rival) for rival in rivals}
+        rows += [
+            {"model": label} | budget_row(cell, config) | cost_row(cell, length)
+            for label, cell in cells.items()
+        ]
     return Outcome({"What it is made of and costs": rows})
 
 
@@ -418,6 +443,7 @@ def generate(
 
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
+    alone()
     runtime.start()
     loaded, tokenizer = load(model, dtype=runtime.torch_dtype())
     loaded.to(runtime.torch_device())  # pyright: ignore[reportArgumentType]
@@ -437,6 +463,7 @@ def check(model: str) -> Outcome:
     from deepseekmoe.accounting import cost_row, tensors
     from deepseekmoe.hub import check_folder
 
+    alone()
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise ModelError(f"{model}: no such folder")
@@ -450,6 +477,7 @@ def doctor(runtime: Flat[Runtime] = Runtime()) -> Outcome:
     """Which ways to compute experts work on this machine, and why others do not."""
     from deepseekmoe.experts import backend_table
 
+    alone()
     runtime.start()
     rows: Any = backend_table(runtime.torch_device(), runtime.torch_dtype())
     return Outcome({f"Backends on {runtime.torch_device()}, {runtime.torch_dtype()}": rows})

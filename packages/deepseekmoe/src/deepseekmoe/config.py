@@ -13,7 +13,8 @@ class CorpusConfig:
     """Which texts, and how they are cut."""
 
     data: str
-    """Texts: a folder of .txt files (one domain each), a file (txt, jsonl, csv, parquet) or a hub id."""
+    """Texts: a .txt file or a folder of them (each one domain and one document), a file of rows (jsonl,
+    csv, parquet) or a hub id."""
 
     text_column: str = "text"
     """Column of the text, in files with columns."""
@@ -22,7 +23,8 @@ class CorpusConfig:
     """Split of a hub id, or of a folder of splits."""
 
     dev_share: float = 0.1
-    """Share of each domain that is held out: the end of a .txt file, or every so-manieth row."""
+    """Share of each domain that is held out: the end of a .txt file, or every so-manieth row. `train`
+    learns the rest; `evaluate`, `trace` and `analyze` read this share alone, and with 0 everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,9 @@ class PretrainConfig(OptimizeConfig):
 
     length: int = 128
     """Tokens of a sequence."""
+
+    keep_every: int = 0
+    """Updates between two models that are kept, in folders `model-STEP` of the run; 0 for none."""
 
     overwrite: bool = False
     """Start anew where a run already lies."""

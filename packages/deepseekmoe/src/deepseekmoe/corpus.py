@@ -47,8 +47,8 @@ class Document:
 def documents(config: CorpusConfig, part: Part) -> Iterator[Document]:
     """Stream the training or the held-out texts.
 
-    A folder's .txt files are one domain each: their last share is held out, cut at a line's end. Of
-    rows every so-manieth is.
+    A .txt file, alone or in a folder, is one domain and one document: its last share is held out, cut
+    at a line's end. Of rows every so-manieth is.
 
     Raises:
         ConfigError: the share is out of range.
@@ -57,8 +57,10 @@ def documents(config: CorpusConfig, part: Part) -> Iterator[Document]:
     share = config.dev_share
     if not 0 <= share < 1:
         raise ConfigError(f"--dev-share {share}: must be a share from 0 up to 1")
-    folder = Path(config.data).expanduser()
-    files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
+    place = Path(config.data).expanduser()
+    files = sorted(place.glob("*.txt")) if place.is_dir() else []
+    if place.is_file() and place.suffix.lower() == ".txt":
+        files = [place]
     if files:
         for file in files:
             text = _read(file)

@@ -91,8 +91,7 @@ def select_experts(trace: Trace, score: Score = "token", p: float = 0.2) -> Sele
     Raises:
         ConfigError: p is out of range.
     """
-    if not 0 < p <= 1:
-        raise ConfigError(f"--p {p}: must be above 0, and 1 at the most")
+    check_share(p)
     chosen: dict[int, list[int]] = {}
     for place, shares in enumerate(relevance(trace, score)):
         order = np.argsort(-shares, kind="stable")
@@ -100,6 +99,16 @@ def select_experts(trace: Trace, score: Score = "token", p: float = 0.2) -> Sele
         many = int(np.argmax(reached)) + 1 if reached.any() else len(order)
         chosen[trace.layers[place]] = sorted(order[:many].tolist())
     return Selection(chosen)
+
+
+def check_share(p: float) -> None:
+    """Refuse a share of relevance that cannot be.
+
+    Raises:
+        ConfigError: p is out of range.
+    """
+    if not 0 < p <= 1:
+        raise ConfigError(f"--p {p}: must be above 0, and 1 at the most")
 
 
 @contextmanager
@@ -124,17 +133,16 @@ def freeze_except(model: nn.Module, selection: Selection) -> Iterator[None]:
             (shared and selection.shared_experts)
             or (not shared and not routed and selection.non_expert_modules)
         )
-    banks: list[tuple[Any, ExpertBank]] = []
+    divided: list[tuple[Any, _PartlyTrained]] = []
     try:
         for layer, chosen in layers:
-            bank = layer.experts
-            banks.append((layer, bank))
-            layer.experts = _PartlyTrained(bank, chosen)
+            divided.append((layer, _PartlyTrained(layer.experts, chosen)))
+            layer.experts = divided[-1][1]
         yield
     finally:
-        for layer, bank in banks:
-            layer.experts.finish()
-            layer.experts = bank
+        for layer, part in divided:
+            part.finish()
+            layer.experts = part.bank
         for name, weight in model.named_parameters():
             weight.requires_grad_(before[name])
 
@@ -143,7 +151,8 @@ def chosen_layers(model: Any, selection: Selection) -> list[tuple[Any, list[int]
     """The layers that a selection names, each with the numbers of its chosen experts.
 
     Raises:
-        ConfigError: the model has no such layer or expert, or nothing is chosen.
+        ConfigError: the model has no such layer or expert, no shared ones where they are to be
+            trained, or nothing is chosen.
     """
     numbers, layers = model.config.moe_layers, moe_layers(model)
     known = dict(zip(numbers, layers, strict=False)) if layers else {}
@@ -158,6 +167,9 @@ def chosen_layers(model: Any, selection: Selection) -> list[tuple[Any, list[int]
             )
         if chosen:
             found.append((known[number], sorted(set(chosen))))
+    names = [name for name, _ in model.named_parameters()]
+    if selection.shared_experts and not any("shared_experts." in name for name in names):
+        raise ConfigError("the selection trains shared experts, and the model has none")
     trains_more = selection.shared_experts or selection.non_expert_modules
     if not found and not trains_more:
         raise ConfigError("the selection names no expert, so there is nothing to train")

@@ -5,6 +5,7 @@ they are stacked. The library's reversible conversion does both directions.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from deepseekmoe.modeling import DeepseekMoeForCausalLM
 
+log = logging.getLogger(__name__)
+
 #: "User: ...", a blank line, "Assistant: ...", end of text: as the released chat model was trained.
 CHAT_TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
@@ -33,6 +36,12 @@ CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+
+#: What is fetched of a hub id: weights, configurations, tokenizers of all kinds.
+FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+
+#: Options of `load` that say where the files come from.
+FETCHING = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 #: Model types that are no DeepSeekMoE of this paper, and where they belong.
 FOREIGN = {
@@ -61,9 +70,10 @@ def load(
     """A model and its tokenizer from a folder or a hub id, in evaluation mode.
 
     Args:
-        source: a folder in the released layout, or one that this package saved.
+        source: a folder in the released layout, or one that this package saved; of a hub id the files
+            are fetched into the hub's cache, or found there when offline, and checked as a folder is.
         tokenizer: whether there is one to load.
-        **options: for `from_pretrained`: dtype, device_map, attn_implementation, ...
+        **options: for `from_pretrained`: dtype, device_map, attn_implementation, revision, ...
 
     Raises:
         ModelError: the family is another, a tensor is missing, there twice, of another shape or not
@@ -73,15 +83,40 @@ def load(
 
     register()
     place = Path(source).expanduser()
-    if place.is_dir():
-        check_folder(place)
-    model: Any = load_checked(AutoModelForCausalLM, source, **options)
-    if not isinstance(model.config, DeepseekMoeConfig):
-        raise ModelError(f"{source}: {_family(model.config.model_type)}")
-    words = load_tokenizer(source) if tokenizer else None
+    if not place.is_dir():
+        fetching = {name: options.pop(name) for name in FETCHING if name in options}
+        place = _fetch(str(source), **fetching)
+    check_folder(place)
+    model: Any = load_checked(AutoModelForCausalLM, place, **options)
+    model.name_or_path = model.config.name_or_path = str(source)
+    words = load_tokenizer(place) if tokenizer else None
     if words is not None:
         check_tokenizer(words, model.config.vocab_size, source)
     return model.eval(), words
+
+
+def _fetch(source: str, **options: Any) -> Path:
+    """The folder of a hub id's files in the hub's cache; a foreign model's weights are not fetched.
+
+    Raises:
+        ModelError: the hub gives no such model, or it is of another family.
+    """
+    from huggingface_hub import snapshot_download
+
+    if source.startswith((".", "/", "~")):
+        raise ModelError(f"{source}: no such folder")
+    log.debug("%s: asking the hub", source)
+    try:
+        with quiet_library():
+            read_config(Path(snapshot_download(source, allow_patterns="config.json", **options)))
+            log.info("%s: fetching what the hub's cache has not", source)
+            return Path(snapshot_download(source, allow_patterns=FILES, **options))
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise ModelError(
+            f"{source}: neither a folder here nor a model the hub gave; check the name, or give a "
+            f"local folder when offline ({first})"
+        ) from None
 
 
 def refuse_folder(folder: Path, overwrite: bool) -> None:
@@ -173,6 +208,20 @@ def check_folder(folder: Path) -> DeepseekMoeConfig:
     Raises:
         ModelError: what does not fit, by name.
     """
+    config = read_config(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: holds no weights (*.safetensors); download them too")
+    check_tensors(_headers(files), config, folder)
+    return config
+
+
+def read_config(folder: Path) -> DeepseekMoeConfig:
+    """The configuration in a folder.
+
+    Raises:
+        ModelError: there is none, or it is of another family.
+    """
     register()
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -186,12 +235,7 @@ def check_folder(folder: Path) -> DeepseekMoeConfig:
             f"{folder}: config.json has kv_lora_rank (latent attention): this is a DeepSeek-V2 or V3 "
             "under another model_type; load it with transformers' own class"
         )
-    config = DeepseekMoeConfig.from_pretrained(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: holds no weights (*.safetensors); download them too")
-    check_tensors(_headers(files), config, folder)
-    return config
+    return DeepseekMoeConfig.from_pretrained(folder)
 
 
 def check_tensors(

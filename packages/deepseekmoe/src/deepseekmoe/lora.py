@@ -4,6 +4,7 @@ The library finds adapters' places by the names of Linear modules; experts are s
 are named to it as such.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,57 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         ConfigError: peft is not installed.
         ModelError: the folder holds no adapter, or one of another model.
     """
+    return load_adapter(model, folder).merge_and_unload()
+
+
+def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """A model with a saved adapter on it.
+
+    Args:
+        model: the one that the adapter was trained on; it is changed in place.
+        folder: as peft saves an adapter.
+        trainable: whether the adapter's weights are to be trained on.
+
+    Returns:
+        The `PeftModel` around it.
+
+    Raises:
+        ConfigError: peft is not installed.
+        ModelError: the folder holds no adapter, or one of another model.
+    """
     peft = _peft()
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: holds no adapter (adapter_config.json)")
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that do not fit; they are judged below
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        found = set(peft.load_peft_weights(str(folder), device="cpu"))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0][:160]
         raise ModelError(f"{folder}: the adapter does not fit the model ({first})") from None
+    _check_keys(found, adapted, folder)
+    return adapted
+
+
+def _check_keys(found: set[str], adapted: Any, folder: Path) -> None:
+    """Refuse an adapter that has other weights than its model takes: peft would only warn.
+
+    Raises:
+        ModelError: one is missing or left over; it is named.
+    """
+    wanted = set(_peft().get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    # embeddings that were trained along stand there under their own names
+    surplus = found - wanted - set(adapted.state_dict())
+    for keys, what in (
+        (wanted - found, "lacks"),
+        (surplus, "has, and the model has no place for,"),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(
+                f"{folder}: the adapter does not fit the model: it {what} {min(keys)}{more}"
+            )
 
 
 def _peft() -> Any:

@@ -103,6 +103,7 @@ def optimize(
     run: RunDir,
     runtime: Runtime = Runtime(),
     name: str = "train",
+    each_step: Callable[[int, Any], None] | None = None,
 ) -> Any:
     """Train a model in place; a run that was killed goes on from its last whole checkpoint.
 
@@ -113,6 +114,8 @@ def optimize(
         run: gets a line in `metrics.jsonl` every so often, and the checkpoints while training.
         runtime: device, and precision of the forward pass; weights stay as they are.
         name: of this training within the run.
+        each_step: is given the number of updates done and the model behind each of them, on every
+            process.
 
     Returns:
         The model, in evaluation mode. Where processes share it they call it together;
@@ -176,6 +179,8 @@ def optimize(
             if done % config.log_every == 0 or done == config.steps:
                 run.log(training=name, step=done, learning_rate=rate, gradient_norm=norm,
                         **meter.read())  # fmt: skip
+            if each_step is not None:
+                each_step(done, model)
             if config.save_every and done % config.save_every == 0 and done < config.steps:
                 save_checkpoint(folder, done, model, optimizer, config, meter.state())
             advance(1)

@@ -2,11 +2,12 @@
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import ConfigError, ModelError
+from octavo.errors import ConfigError, DataError, ModelError
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, seed_everything
@@ -22,12 +23,14 @@ from deepseekmoe.corpus import (
     tokenize,
     train_tokenizer,
 )
-from deepseekmoe.hub import register
+from deepseekmoe.evaluate import filling
+from deepseekmoe.hub import load, load_moe_config, register
 from deepseekmoe.optimize import check_options, optimize
 from deepseekmoe.parallel import (
     check_processes,
     main_first,
     processes,
+    spread,
     whole_model,
     without_weights,
 )
@@ -221,6 +224,7 @@ def pretrain(
 ) -> Trained:
     """Train a language model from scratch and save it in the run's folder `model`.
 
+    With `keep_every` what it was after so many updates is kept beside it, in `model-STEP`.
     Under torchrun the processes share the work as `config` says; enter `parallel.processes` before to
     go on together with what this gives.
 
@@ -239,19 +243,50 @@ def pretrain(
 
     def prepare() -> tuple[Any, Tokens, Tokens | None, DeepseekMoeConfig]:
         check_options(config)
+        if config.keep_every < 0:
+            raise ConfigError(f"--keep-every {config.keep_every}: must be 0 or more")
         tokenizer, train, dev = open_corpus(corpus, config, run)
         shape = make_config(choice, tokenizer, config.length)
         check_processes(config, shape.n_routed_experts)
         Windows(train, config.length)
+        if dev is not None:
+            _check_held_out(dev, config.length)
         return tokenizer, train, dev, shape
+
+    def keep(step: int, model: Any) -> None:
+        if config.keep_every and step % config.keep_every == 0 and step < config.steps:
+            save_model(run.path / f"model-{step}", whole_model(model), tokenizer)
 
     with processes(runtime):
         tokenizer, train, dev, shape = main_first(prepare)
-        model = train_model(shape, train, config, run, runtime)
-        model.config.use_cache = True
-        save_model(run.path / "model", whole_model(model), tokenizer)
+        if (run.path / "model").is_dir():  # a kill came behind the training
+            model = _load_divided(run.path / "model", config, runtime)
+        else:
+            model = train_model(shape, train, config, run, runtime, keep)
+            model.config.use_cache = True
+            save_model(run.path / "model", whole_model(model), tokenizer)
         discard_checkpoints(run)
     return Trained(model, tokenizer, dev)
+
+
+def _load_divided(folder: Path, config: PretrainConfig, runtime: Runtime) -> Any:
+    """A saved model on the processes that share it, as a training leaves it."""
+    if is_main():
+        model, _ = load(folder, tokenizer=False)
+    else:
+        model = without_weights(load_moe_config(folder))
+    spread(model, config, runtime.torch_device(), runtime.torch_dtype())
+    return model.eval()
+
+
+def _check_held_out(dev: Tokens, length: int) -> None:
+    """Refuse, before any training, held-out text that could not be evaluated behind it."""
+    try:
+        filling(dev, length)
+    except DataError as error:
+        raise DataError(
+            f"held-out text: {error}, a larger --dev-share, or --dev-share 0 to hold none out"
+        ) from None
 
 
 def open_corpus(
@@ -275,6 +310,7 @@ def train_model(
     config: PretrainConfig,
     run: RunDir,
     runtime: Runtime = Runtime(),
+    each_step: Callable[[int, Any], None] | None = None,
 ) -> "DeepseekMoeForCausalLM":
     """Train a model of this configuration on tokens.
 
@@ -284,11 +320,12 @@ def train_model(
         config: the training.
         run: for metrics and checkpoints.
         runtime: seed of the weights and of the order of windows, device, precision.
+        each_step: see `optimize`.
     """
     windows = Windows(train, config.length)
     model = make_model(shape, runtime)
     batches = shuffled_batches(windows.rows, len(windows), config, runtime.seed)
-    return optimize(model, batches, config, run, runtime)
+    return optimize(model, batches, config, run, runtime, each_step=each_step)
 
 
 def _tokenizer(

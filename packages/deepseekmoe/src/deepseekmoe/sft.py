@@ -10,25 +10,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from octavo.errors import ConfigError
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, seed_everything, world_size
 
 from deepseekmoe.analyze import trace_routing
-from deepseekmoe.chats import PackedChats, as_tokens, encode_chats, load_chats
+from deepseekmoe.chats import PackedChats, as_tokens, draw_chats, encode_chats, load_chats
 from deepseekmoe.checkpoints import discard_checkpoints
 from deepseekmoe.config import OptimizeConfig, SftConfig, TrainingConfig
 from deepseekmoe.corpus import shuffled_batches
-from deepseekmoe.esft import Selection, chosen_layers, freeze_except, select_experts
+from deepseekmoe.esft import Selection, check_share, chosen_layers, freeze_except, select_experts
 from deepseekmoe.hub import CHAT_TEMPLATE, load, load_moe_config
-from deepseekmoe.lora import add_adapter
+from deepseekmoe.lora import add_adapter, load_adapter
 from deepseekmoe.optimize import check_options, optimize
 from deepseekmoe.parallel import (
     check_processes,
     main_first,
     processes,
+    spread,
     whole_model,
     without_weights,
 )
@@ -71,7 +71,8 @@ def finetune(
     Args:
         source: folder or hub id of the model.
         config: the chats and the training.
-        run: the folder; a run that was killed goes on from its last checkpoint.
+        run: the folder; a run that was killed goes on from its last checkpoint, or takes the model
+            that it had saved.
         runtime: seed, device, precision of the forward pass.
 
     Raises:
@@ -79,12 +80,15 @@ def finetune(
         DataError: there are no such chats, one is malformed, or no reply is within a window.
         ModelError: the model or its tokenizer cannot be had, or the training diverged.
     """
+    done = run.path / ("adapter" if config.lora_rank else "model")
+    finished = done.is_dir()  # a kill came behind the training
 
     def prepare() -> tuple[Any, Any, PackedChats, OptimizeConfig, Selection | None]:
         selection = _check(config)
         conversations = load_chats(config.data, config.split)
         seed_everything(runtime.seed)
-        model, tokenizer = _open(source, is_main() or bool(config.lora_rank or selection))
+        place = str(done) if finished and not config.lora_rank else source
+        model, tokenizer = _open(place, is_main() or bool(config.lora_rank or selection))
         length = config.length or min(LONGEST, model.config.max_position_embeddings)
         chats = encode_chats(conversations, tokenizer, config.data)
         packed = PackedChats(chats, length, _padding(tokenizer))
@@ -100,18 +104,27 @@ def finetune(
         kept = model.dtype
         if world_size() == 1:
             model.to(runtime.torch_device())
-        if not (config.lora_rank or selection):
+        if not (finished or config.lora_rank or selection):
             model.float()
         batches = shuffled_batches(packed.rows, len(packed), options, runtime.seed)
         rank = config.lora_rank
-        adapted = main_first(lambda: add_adapter(model, rank)) if rank else None
+        adapted = None
+        if rank:
+            adapted = main_first(
+                lambda: load_adapter(model, done, True) if finished else add_adapter(model, rank)
+            )
         with freeze_except(model, selection) if selection else nullcontext():
             trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-            optimize(model, batches, options, run, runtime, name="sft")
-        whole = None if adapted else whole_model(model)
-        if whole is not None:
-            whole.to(kept)
-        main_first(lambda: _save(run, whole, adapted, tokenizer))
+            if not finished:
+                optimize(model, batches, options, run, runtime, name="sft")
+        if finished:
+            spread(model, options, runtime.torch_device(), runtime.torch_dtype())
+            model.eval()
+        else:
+            whole = None if adapted else whole_model(model)
+            if whole is not None:
+                whole.to(kept)
+            main_first(lambda: _save(run, whole, adapted, tokenizer))
         discard_checkpoints(run, "sft")
     return Finetuned(adapted or model, tokenizer, packed, options.steps, trained)
 
@@ -193,21 +206,14 @@ def select_for_task(
     for name, value in (("sample", sample), ("batch-size", batch_size), ("length", length or 2)):
         if value < 1 + (name == "length"):
             raise ConfigError(f"--{name} {value}: must be {1 + (name == 'length')} or more")
-    if not 0 < p <= 1:
-        raise ConfigError(f"--p {p}: must be above 0, and 1 at the most")
+    check_share(p)
     conversations = load_chats(data, split)
-    np.random.default_rng(runtime.seed).shuffle(conversations)
     model, tokenizer = load(source, dtype=runtime.torch_dtype())
     assert tokenizer is not None
     model.to(runtime.torch_device())  # pyright: ignore[reportArgumentType]
-    chosen, total = [], 0
-    for number, turns in enumerate(conversations, 1):
-        if total >= sample:
-            break
-        chosen += encode_chats([turns], tokenizer, f"{data} (shuffled), {number}")
-        total += len(chosen[-1])
+    tokens = as_tokens(draw_chats(conversations, tokenizer, data, sample, runtime.seed))
     room = length or min(LONGEST, model.config.max_position_embeddings)
-    trace = trace_routing(model, as_tokens(chosen), min(room, total), batch_size)
+    trace = trace_routing(model, tokens, min(room, len(tokens)), batch_size)
     selection = select_experts(trace, score, p)
     return selection, int(model.config.n_routed_experts or 0)
 
