@@ -275,7 +275,7 @@ def test_convert_writes_precision_and_shards(command, trained, tmp_path):
 
 
 def test_the_selection_bias_stays_exact_in_half_precision(small, tmp_path):
-    model = DeepseekMoeForCausalLM(small(bias_update_rate=1e-3))
+    model: Any = DeepseekMoeForCausalLM(small(bias_update_rate=1e-3))
     for layer in moe_layers(model):
         layer.gate.e_score_correction_bias += 1.001  # no number of bfloat16
     save(tmp_path / "model", model)
