@@ -71,7 +71,7 @@ def test_tune_an_adapter_and_merge_it_by_commands(command, trained, chats, tmp_p
     base, out, merged = trained / "model", tmp_path / "run", tmp_path / "merged"
     code, printed, err = command(
         "sft", base, "--data", chats, "--out", out, "--lora-rank", "4", "--length", "64", "--epochs",
-        "4", "--learning-rate", "3e-2", "--batch-size", "2", "--log-every", "5",
+        "10", "--learning-rate", "5e-3", "--batch-size", "2", "--log-every", "5",
     )  # fmt: skip
     assert code == 0, err
     assert f"deepseekmoe convert {base} --adapter {out / 'adapter'}" in " ".join(printed.split())

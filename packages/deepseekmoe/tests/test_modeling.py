@@ -226,7 +226,7 @@ def test_hidden_states_and_attentions_are_given_on_request(small):
         ({"capacity_factor": 0.0}, "capacity_factor 0"),
         ({"aux_loss_alpha": -1.0}, "negative"),
         ({"n_hash_layers": 3}, "n_hash_layers 3 of 2 layers"),
-        ({"n_devices": 0}, "n_devices 0: must be 1 or more"),
+        ({"n_devices": 0}, "n_devices 0: must be a whole number, 1 or more"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
         ({"moe_layer_freq": 0}, "moe_layer_freq 0"),
         ({"n_routed_experts": -8}, "n_routed_experts -8"),
