@@ -498,7 +498,7 @@ def demo(
     The models are so small that one CPU thread is used unless --threads says otherwise.
 
     Args:
-        profile: quick (a dense model and GShard) or full (all baselines, longer).
+        profile: quick (GShard beside DeepSeekMoE) or full (all baselines, longer).
         seeds: Seeds to repeat it with; claims are judged on their means, like 3,4,5.
         data: Folder of texts, one .txt file a domain; by default texts that any machine has.
         out: Folder of the report.
