@@ -1,0 +1,128 @@
+"""Tasks and options. A task is a template and its label words; the paper's four are here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a labelled text is written, and what its labels are called.
+
+    Attributes:
+        template: holds `{text}` once and ends with `{label}`; a space between words belongs to the
+            label word (`Sentiment:{label}` with " Positive"), as tokenizers have it.
+        labels: the label word of each class, in the order of the class numbers.
+        separator: between demonstrations.
+    """
+
+    template: str
+    labels: tuple[str, ...]
+    separator: str = "\n"
+
+    def __post_init__(self) -> None:
+        if self.template.count("{text}") != 1 or self.template.count("{label}") != 1:
+            raise ConfigError(
+                f"template {self.template!r}: must hold {{text}} and {{label}}, each once"
+            )
+        if not self.template.endswith("{label}") or self.template.endswith("{text}{label}"):
+            raise ConfigError(
+                f"template {self.template!r}: must end with {{label}}, after some words of its own"
+            )
+        if len(self.labels) < 2 or not all(label.strip() for label in self.labels):
+            raise ConfigError(f"labels {list(self.labels)}: a task needs two label words or more")
+        if len({label.strip() for label in self.labels}) < len(self.labels):
+            raise ConfigError(f"labels {list(self.labels)}: two classes have the same label word")
+
+    @property
+    def frame(self) -> tuple[str, str]:
+        """What stands before the text, and between text and label word."""
+        before, _, rest = self.template.partition("{text}")
+        return before, rest.removesuffix("{label}")
+
+
+#: The paper's templates, after the authors' code.
+TASKS = {
+    "sst2": Task("Review: {text}\nSentiment:{label}", (" Negative", " Positive")),
+    "agnews": Task(
+        "Article: {text}\nAnswer:{label}", (" World", " Sports", " Business", " Technology")
+    ),
+    "trec": Task(
+        "Question: {text}\nAnswer Type:{label}",
+        (" Abbreviation", " Entity", " Description", " Person", " Location", " Number"),
+    ),
+    "emoc": Task("Dialogue: {text}\nEmotion:{label}", (" Others", " Happy", " Sad", " Angry")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Which prompts are made: demonstrations from one set of rows, texts to label from another."""
+
+    train_data: str
+    """Rows that demonstrations are drawn from: a file, a folder of splits or a hub id."""
+
+    data: str
+    """Rows to label."""
+
+    task: str = "sst2"
+    """sst2, agnews, trec or emoc: template and label words of the paper."""
+
+    template: str | None = None
+    """A template of your own instead, like "Review: {text} Mood:{label}"."""
+
+    labels: tuple[str, ...] = ()
+    """Its label words, in the order of the class numbers: --labels good --labels bad."""
+
+    text_column: str = "text"
+    """Column of the texts."""
+
+    label_column: str = "label"
+    """Column of the labels: class numbers, or label words."""
+
+    shots: int = 1
+    """Demonstrations of each class, in shuffled order."""
+
+    samples: int = 100
+    """Texts to label, drawn by the seed; 0 for all."""
+
+    batch_size: int = 8
+    """Prompts in one pass."""
+
+    out: Path | None = None
+    """Folder for the result and its report; without it the result is only printed."""
+
+    overwrite: bool = False
+    """Start anew where a run already lies."""
+
+    def chosen_task(self) -> Task:
+        """The task that the options name.
+
+        Raises:
+            ConfigError: there is none of that name, or template and labels do not go together.
+        """
+        if self.template is not None:
+            if not self.labels:
+                raise ConfigError(
+                    "--template: name its label words too, --labels good --labels bad"
+                )
+            words = tuple(label if label[:1].isspace() else f" {label}" for label in self.labels)
+            return Task(self.template.replace("\\n", "\n"), words)
+        if self.labels:
+            raise ConfigError("--labels: give the --template they belong to")
+        if self.task not in TASKS:
+            raise ConfigError(f"--task {self.task}: is none of {', '.join(TASKS)}")
+        return TASKS[self.task]
+
+    def check(self) -> None:
+        """Refuse numbers that are out of range.
+
+        Raises:
+            ConfigError: one is.
+        """
+        for name, value, least in (
+            ("shots", self.shots, 1), ("samples", self.samples, 0), ("batch-size", self.batch_size, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ConfigError(f"--{name} {value}: must be {least} or more")

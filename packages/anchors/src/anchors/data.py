@@ -1,0 +1,115 @@
+"""Rows in, prompts out: labelled texts, and demonstrations drawn from them by the seed."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from octavo.data import load_rows
+from octavo.errors import DataError
+
+from anchors.config import PromptOptions, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from anchors.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and its class."""
+
+    text: str
+    label: int
+
+
+def load_examples(
+    source: str, task: Task, split: str | None = None, text: str = "text", label: str = "label"
+) -> list[Example]:
+    """Labelled texts; labels are class numbers or label words, in any case.
+
+    Args:
+        source: a file, a folder of splits or a hub id.
+        task: whose classes they are.
+        split: of a folder or a hub id.
+        text: column of the texts.
+        label: column of the labels.
+
+    Raises:
+        DataError: a row is wrong, or its label is none of the task's.
+    """
+    numbers: dict[Any, int] = {word.strip().lower(): i for i, word in enumerate(task.labels)}
+    numbers |= {str(i): i for i in range(len(task.labels))}
+
+    def check(row: dict[str, Any]) -> str | None:
+        if str(row["label"]).strip().lower() in numbers:
+            return None if row["text"].strip() else "its text is empty"
+        words = ", ".join(word.strip() for word in task.labels)
+        return (
+            f"label {row['label']!r} is none of {words}, nor a number up to {len(task.labels) - 1}"
+        )
+
+    rows = load_rows(
+        source, {"text": str, "label": int | str}, split, {"text": text, "label": label}, check
+    )
+    return [
+        Example(row["text"].strip(), numbers[str(row["label"]).strip().lower()]) for row in rows
+    ]
+
+
+def draw_demonstrations(
+    examples: Sequence[Example], classes: int, shots: int, seed: int
+) -> list[tuple[str, int]]:
+    """Some texts of each class, all in shuffled order.
+
+    Raises:
+        DataError: a class has too few texts.
+    """
+    draw = random.Random(seed)
+    chosen = []
+    for kind in range(classes):
+        own = [example.text for example in examples if example.label == kind]
+        if len(own) < shots:
+            raise DataError(
+                f"class {kind} has {len(own)} texts to demonstrate it, and {shots} are asked for"
+            )
+        chosen += [(text, kind) for text in draw.sample(own, shots)]
+    draw.shuffle(chosen)
+    return chosen
+
+
+def build_prompts(
+    options: PromptOptions, tokenizer: "PreTrainedTokenizerBase", seed: int, longest: int
+) -> "tuple[list[Prompt], list[int]]":
+    """Prompts that share their demonstrations, and the true class of each.
+
+    Args:
+        options: task, rows and sizes.
+        tokenizer: of the model.
+        seed: of the demonstrations and of the texts drawn.
+        longest: tokens that the model takes.
+
+    Raises:
+        DataError: rows are wrong, a class is empty, or a prompt is longer than the model takes.
+    """
+    from anchors.prompts import build_prompt
+
+    task = options.chosen_task()
+    columns = {"text": options.text_column, "label": options.label_column}
+    pool = load_examples(options.train_data, task, "train", **columns)
+    rows = load_examples(options.data, task, "test", **columns)
+    shown = draw_demonstrations(pool, len(task.labels), options.shots, seed)
+    rows = [row for row in rows if (row.text, row.label) not in set(shown)]
+    if options.samples and options.samples < len(rows):
+        rows = random.Random(seed).sample(rows, options.samples)
+    if not rows:
+        raise DataError(f"{options.data}: holds no text besides the demonstrations")
+    prompts = [build_prompt(task, tokenizer, shown, row.text) for row in rows]
+    most = max(len(prompt) for prompt in prompts)
+    if most > longest:
+        raise DataError(
+            f"{options.data}: a prompt has {most} tokens and the model takes {longest}; use fewer "
+            "--shots or shorter texts"
+        )
+    return prompts, [row.label for row in rows]

@@ -1,0 +1,268 @@
+"""The embedded default: a small model that learns in context, and the paper's claims on it."""
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from octavo.console import Outcome
+from octavo.models import load_model, save_model
+from octavo.report import Claim, Report, save_claims
+from octavo.rundir import RunDir, options_of
+from octavo.runtime import Runtime
+
+from anchors.analyses import block_rows, flow_rows, isolate, read_tables
+from anchors.blocking import What
+from anchors.config import Task
+from anchors.evaluate import label_loyalty, predict
+from anchors.prompts import Prompt, build_prompt
+from anchors.report import block_figure, flow_figure, read_figure
+from anchors.world import TASKS, WORLDS, World, episodes, make_tokenizer, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Prompts that everything is measured on.
+PROMPTS = {"quick": 200, "full": 400}
+
+#: What the second model is called among the numbers.
+ALONE = "accuracy 3 without the topic loss"
+
+#: Whether a second model is trained without the topic loss, to be shown beside.
+WITHOUT = {"quick": False, "full": True}
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What a claim must reach; given with the method, before anything was run.
+
+    Attributes:
+        gate: accuracy at two and at three classes.
+        isolation: how many times the label loyalty that random isolation costs.
+        last: label loyalty that isolation must leave more in the last layer than in the first ones.
+        auc: of the best layer.
+    """
+
+    gate: float = 0.8
+    isolation: float = 3.0
+    last: float = 0.1
+    auc: float = 0.75
+
+
+def run_demo(
+    profile: Literal["quick", "full"],
+    seeds: Sequence[int],
+    out: Path,
+    overwrite: bool = False,
+    runtime: Runtime = Runtime(),
+) -> Outcome:
+    """Train, analyse and judge, once a seed; the claims are judged on the means.
+
+    Args:
+        profile: sizes.
+        seeds: of weights, training episodes and prompts.
+        out: folder of the runs and the report.
+        overwrite: start anew where a demo already lies.
+        runtime: device, precision, threads; its seed is replaced by each of `seeds`.
+    """
+    begin = time.perf_counter()
+    for seed in seeds:
+        replace(runtime, seed=seed).check()
+    world = WORLDS[profile]
+    with RunDir.open(out, options_of({"profile": profile, "seeds": list(seeds)}), overwrite) as run:
+        found = []
+        for seed in seeds:
+            here = replace(runtime, seed=seed)
+            one = run_seed(world, PROMPTS[profile], seed, run, here)
+            if WITHOUT[profile]:
+                bare = _model(replace(world, topic_loss=0.0), run, "model-without", here)
+                one.numbers[ALONE] = _accuracy(bare, world, PROMPTS[profile], 3, seed)
+            run.write_json(f"seed-{seed}.json", {"numbers": one.numbers, "tables": one.tables})
+            found.append(one)
+        claims = judge([one.numbers for one in found])
+        seconds = time.perf_counter() - begin
+        report = Report("Label words are anchors: the demo")
+        report.text(
+            f"Profile {profile}, seeds {', '.join(map(str, seeds))}, Python "
+            f"{platform.python_version()}, PyTorch {version('torch')}. {ABOUT}"
+        )
+        report.claims(claims)
+        report.text(NOT_HERE)
+        if ALONE in found[0].numbers:
+            alone = np.mean([one.numbers[ALONE] for one in found])
+            report.text(
+                f"Accuracy at three classes of a model without the topic loss: {alone:.3f}."
+            )
+        for seed, one in zip(seeds, found, strict=True):
+            report.heading(f"Seed {seed}, three classes")
+            for caption, rows in one.tables.items():
+                report.table(caption, rows)
+            flow, block, read = one.tables.values()
+            report.figure(f"Saliency by layer, seed {seed}", flow_figure(flow))
+            report.figure(f"Loyalty under isolation, seed {seed}", block_figure(block))
+            report.figure(f"AUC and R by layer, seed {seed}", read_figure(read))
+        page = report.save(out)
+        save_claims(claims, seconds, out)
+    failed = [claim.claim for claim in claims if claim.passed is False]
+    many = f"mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    return Outcome(
+        {f"Claims, {many}": [claim.row() for claim in claims]},
+        note=f"Report: {page} ({seconds:.0f} s)",
+        no=f"{len(failed)} of {len(claims)} claims failed" if failed else "",
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one seed gave: the numbers claims are about, and the tables of flow, blocking and reading."""
+
+    numbers: dict[str, float]
+    tables: dict[str, list[dict[str, Any]]]
+
+
+def run_seed(world: World, count: int, seed: int, run: RunDir, runtime: Runtime) -> Found:
+    """Train a model, or take the one a stopped run has saved, and analyse it."""
+    model, numbers = _model(world, run, "model", runtime), {}
+    for classes in (2, 3):
+        numbers[f"accuracy {classes}"] = _accuracy(model, world, count, classes, seed)
+    prompts, labels = world_prompts(world, make_tokenizer(world), count, 3, seed)
+    tables = _analyse(model, prompts, labels, seed, numbers)
+    return Found(numbers, tables)
+
+
+def _model(world: World, run: RunDir, name: str, runtime: Runtime) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    folder = run.path / f"seed-{runtime.seed}" / name
+    if not folder.is_dir():
+        folder.parent.mkdir(exist_ok=True)
+        tokenizer = make_tokenizer(world)
+        save_model(folder, train(world, tokenizer, runtime, RunDir(folder.parent)), tokenizer)
+    return load_model(AutoModelForCausalLM, folder).to(runtime.torch_device())  # pyright: ignore
+
+
+def _accuracy(model: "PreTrainedModel", world: World, count: int, classes: int, seed: int) -> float:
+    prompts, labels = world_prompts(world, make_tokenizer(world), count, classes, seed)
+    return predict(model, prompts, 50).accuracy(labels)
+
+
+def world_prompts(
+    world: World, tokenizer: Any, count: int, classes: int, seed: int
+) -> tuple[list[Prompt], list[int]]:
+    """Prompts with one demonstration a class whose mapping no training episode had."""
+    drawn = episodes(world, count, classes, 1, seed)
+    prompts = [
+        build_prompt(Task(TASKS[one.task][0], one.words), tokenizer, one.demonstrations, one.text)
+        for one in drawn
+    ]
+    return prompts, [one.label for one in drawn]
+
+
+def _analyse(
+    model: "PreTrainedModel", prompts: list[Prompt], labels: list[int], seed: int,
+    numbers: dict[str, float],
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    half = model.config.num_hidden_layers // 2
+    last = model.config.num_hidden_layers - 1
+    flow = flow_rows(model, prompts, labels, 50)
+    block = block_rows(model, prompts, labels, half, seed, 50)
+    (reading, *_) = read_tables(model, prompts, labels, 50).items()
+    before = predict(model, prompts, 50)
+    cuts: tuple[tuple[str, What, Sequence[int]], ...] = (
+        ("labels first", "labels", range(half)),
+        ("random first", "random", range(half)),
+        ("labels last", "labels", [last]),
+    )
+    for name, what, layers in cuts:
+        after = isolate(model, prompts, what, layers, seed, 50)
+        numbers[f"loyalty {name}"] = float(label_loyalty(before, after).mean())
+    # in the last layer S_wp is zero in every model: only the target's row reaches the loss
+    for place, name in ((0, "first"), (last - 1, "deep")):
+        numbers[f"S_wp {name}"], numbers[f"S_pq {name}"] = flow[place]["S_wp"], flow[place]["S_pq"]
+    aucs = [row["AUC"] for row in reading[1]]
+    numbers["AUC"], numbers["AUC layer"] = max(aucs), float(np.argmax(aucs))
+    numbers["AUC deep"] = max(aucs[half:])
+    numbers["R half"] = reading[1][half - 1]["R"]
+    return {"Saliency": flow, "Isolation": block, reading[0]: reading[1]}
+
+
+def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) -> list[Claim]:
+    """The claims, on the means over seeds.
+
+    Args:
+        found: the numbers of each seed.
+        margins: what each claim must reach.
+    """
+    mean = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+    cost = 1 - mean["loyalty labels first"]
+    control = 1 - mean["loyalty random first"]
+    gate = min(mean["accuracy 2"], mean["accuracy 3"]) >= margins.gate
+    claims = [
+        Claim(
+            "The model learns in context",
+            f"accuracy {mean['accuracy 2']:.3f} at two classes, {mean['accuracy 3']:.3f} at three",
+            f"{margins.gate:g} or more at both, on mappings no training episode had",
+            gate,
+        ),
+        Claim(
+            "Information gathers in label words in shallow layers",
+            f"layer 0: S_wp {mean['S_wp first']:.3g}, S_pq {mean['S_pq first']:.3g}",
+            "S_wp above S_pq in the first layer",
+            mean["S_wp first"] > mean["S_pq first"],
+        ),
+        Claim(
+            "In deep layers the prediction is read from label words",
+            f"last layer but one: S_pq {mean['S_pq deep']:.3g}, S_wp {mean['S_wp deep']:.3g}",
+            "S_pq above S_wp there; in the last layer S_wp is zero by construction",
+            mean["S_pq deep"] > mean["S_wp deep"],
+        ),
+        Claim(
+            "Isolating label words in the first half of the layers hurts most",
+            f"label loyalty {1 - cost:.3f} against {1 - control:.3f} with random tokens isolated",
+            f"costs {margins.isolation:g} times as much as random tokens, or more",
+            cost > 0 and cost >= margins.isolation * control,
+        ),
+        Claim(
+            "Isolating them in the last layer hurts less",
+            f"label loyalty {mean['loyalty labels last']:.3f} against {1 - cost:.3f}",
+            f"by {margins.last:g} or more",
+            mean["loyalty labels last"] >= 1 - cost + margins.last,
+        ),
+        Claim(
+            "The target's attention on label words tells the prediction",
+            f"AUC {mean['AUC deep']:.3f} in the best layer of the deeper half "
+            f"({mean['AUC']:.3f} in the best of all, layer {mean['AUC layer']:.1f} on average)",
+            f"{margins.auc:g} or more in the deeper half",
+            mean["AUC deep"] >= margins.auc,
+        ),
+        Claim(
+            "Reading happens late: R rises in the deeper half",
+            f"{mean['R half']:.3f} of R is reached in the first half of the layers",
+            "less than half of it",
+            mean["R half"] < 0.5,
+        ),
+    ]
+    if gate:
+        return claims
+    why = "the model does not learn in context, so that its flows mean nothing"
+    return [claims[0], *(replace(one, criterion=why, passed=None) for one in claims[1:])]
+
+
+#: How the model came to be, which the claims must be read with.
+ABOUT = (
+    "A decoder of four layers is trained on generated episodes in which only the demonstrations tell "
+    "which label word belongs to which topic. Two things help it to learn in seconds, and the first of "
+    "them also favours what the claims are about: while training, the state after the first layer must "
+    "tell words of the topic at every position of a demonstration, label word or not; and attention "
+    "begins with equal query and key matrices. No attention mask is used."
+)
+
+#: What is not judged here.
+NOT_HERE = (
+    "A model of four layers and generated words shows directions, not sizes: the paper's models have 28 "
+    "to 48 layers and natural text. Where in depth the reading happens is a property of this model."
+)

@@ -1,0 +1,87 @@
+"""What a model answers, and how much of it an intervention leaves: accuracy and loyalties."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from octavo.console import progress
+from octavo.errors import ModelError
+
+from anchors.attention import frozen
+from anchors.prompts import Batch, Prompt, batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts at the target of each prompt.
+
+    Attributes:
+        scores: log-probabilities of the label words, among themselves: [prompts, classes].
+        top: ids of the five likeliest tokens of the whole vocabulary: [prompts, 5].
+    """
+
+    scores: Float[np.ndarray, "prompts classes"]
+    top: Int[np.ndarray, "prompts five"]
+
+    @property
+    def classes(self) -> Int[np.ndarray, " prompts"]:
+        """The likeliest class of each prompt."""
+        return self.scores.argmax(-1)
+
+    def accuracy(self, labels: Sequence[int]) -> float:
+        """Share of prompts whose likeliest class is the right one."""
+        return float((self.classes == np.asarray(labels)).mean())
+
+
+def predict(
+    model: "PreTrainedModel",
+    prompts: Sequence[Prompt],
+    batch_size: int = 8,
+    around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
+) -> Predictions:
+    """Predict the class of every prompt.
+
+    Args:
+        model: any causal language model.
+        prompts: of equally many classes.
+        batch_size: prompts in one pass.
+        around: an intervention that each batch is run in.
+
+    Raises:
+        ModelError: a score is NaN or infinite, as half precision makes it.
+    """
+    scores: dict[int, np.ndarray] = {}
+    top: dict[int, np.ndarray] = {}
+    for numbers, batch in progress(batches(prompts, batch_size, device=model.device), "predicting"):
+        rows = torch.arange(len(numbers), device=model.device)
+        answers = torch.tensor([prompt.answers for prompt in batch.prompts], device=model.device)
+        with frozen(model), around(batch), torch.no_grad():
+            logits = model(**batch.inputs(), use_cache=False).logits[rows, batch.targets].float()
+        if not logits.isfinite().all():
+            raise ModelError(
+                f"logits became NaN or infinite in {model.dtype}; use --dtype float32 or bfloat16"
+            )
+        chosen = logits.gather(1, answers).log_softmax(-1).cpu().numpy()
+        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices.cpu().numpy()
+        scores |= dict(zip(numbers, chosen, strict=True))
+        top |= dict(zip(numbers, best, strict=True))
+    order = range(len(prompts))
+    return Predictions(np.stack([scores[n] for n in order]), np.stack([top[n] for n in order]))
+
+
+def label_loyalty(before: Predictions, after: Predictions) -> Float[np.ndarray, " prompts"]:
+    """1 for each prompt whose likeliest class stayed what it was, else 0 (section 2.2)."""
+    return (before.classes == after.classes).astype(float)
+
+
+def word_loyalty(before: Predictions, after: Predictions) -> Float[np.ndarray, " prompts"]:
+    """Jaccard overlap of the five likeliest tokens of each prompt (section 2.2)."""
+    pairs = zip(before.top, after.top, strict=True)
+    return np.array([len({*a} & {*b}) / len({*a} | {*b}) for a, b in pairs])

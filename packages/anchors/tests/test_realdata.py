@@ -1,0 +1,42 @@
+"""Prompts of the real sets, in the paper's templates."""
+
+import pytest
+from anchors.analyses import flow_rows
+from anchors.config import PromptOptions
+from anchors.data import build_prompts
+from octavo.tiny import Shape, make_tokenizer
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("task", "train", "test"),
+    [
+        ("sst2", "sst2_train.tsv.gz", "sst2_validation.tsv.gz"),
+        ("trec", "trec_train.tsv.gz", "trec_test.tsv.gz"),
+        ("agnews", "agnews_train_5000.tsv.gz", "agnews_test.tsv.gz"),
+    ],
+)
+def test_label_words_are_where_they_are_said_to_be(data_folder, family, task, train, test):
+    options = PromptOptions(
+        train_data=str(data_folder / train), data=str(data_folder / test), task=task, samples=20
+    )
+    texts = (
+        "".join(options.chosen_task().labels)
+        + "Review: Question: Article: Sentiment: Answer Type:\n"
+    )
+    shape = Shape(kind="llama", alphabet="bpe", vocabulary=400)
+    tokenizer = make_tokenizer([texts * 20], shape)
+    prompts, labels = build_prompts(options, tokenizer, 0, 10_000)
+    assert len(prompts) == len(labels) == 20
+    words = options.chosen_task().labels
+    for prompt in prompts:
+        for kind, places in zip(prompt.classes, prompt.labels, strict=True):
+            assert (
+                str(tokenizer.decode([prompt.input_ids[p] for p in places])).strip()
+                == words[kind].strip()
+            )
+        assert sorted(prompt.classes) == list(range(len(words)))
+    rows = flow_rows(
+        family("llama", max_position_embeddings=4096), prompts[:2], labels[:2], batch_size=1
+    )
+    assert all(row["S_pq"] > 0 for row in rows)
