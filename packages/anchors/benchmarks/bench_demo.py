@@ -26,9 +26,7 @@ def collect(folder: Path) -> dict[str, Any]:
     return {
         "command": command,
         **load_claims(folder),
-        "numbers": [
-            {"seed": seed} | one["numbers"] for seed, one in zip(seeds, each, strict=True)
-        ],
+        "numbers": [{"seed": seed} | one["numbers"] for seed, one in zip(seeds, each, strict=True)],
         "environment": environment | {"command": command},
     }
 

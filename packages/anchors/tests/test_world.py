@@ -21,7 +21,9 @@ def test_offsets_give_the_words_back():
         coded = tokenizer(text, return_offsets_mapping=True)
         assert coded["input_ids"][0] == tokenizer.bos_token_id
         assert tokenizer.unk_token_id not in coded["input_ids"]
-        for number, (start, end) in list(zip(coded["input_ids"], coded["offset_mapping"]))[1:]:
+        for number, (start, end) in list(
+            zip(coded["input_ids"], coded["offset_mapping"], strict=False)
+        )[1:]:
             assert text[start:end] == tokenizer.convert_ids_to_tokens(number)
         assert coded["input_ids"].count(tokenizer.convert_tokens_to_ids("\n")) == 3
 
@@ -30,7 +32,9 @@ def test_training_and_evaluation_share_no_mapping():
     for classes in (2, 3):
         train = mappings(episodes(WORLD, 3000, classes, 1, 0, training=True))
         held = mappings(episodes(WORLD, 1000, classes, 1, 0))
-        assert train and held and not train & held
+        assert train
+        assert held
+        assert not train & held
 
 
 def test_siblings_share_words_and_others_none():
@@ -50,5 +54,6 @@ def test_no_class_and_no_place_tells_the_label():
         last = sum(e.demonstrations[-1][1] == e.label for e in found) / len(found)
         first = sum(e.demonstrations[0][1] == e.label for e in found) / len(found)
         assert all(abs(count / 3000 - 1 / classes) < 0.04 for count in counts.values())
-        assert abs(last - 1 / classes) < 0.04 and abs(first - 1 / classes) < 0.04
+        assert abs(last - 1 / classes) < 0.04
+        assert abs(first - 1 / classes) < 0.04
         assert all(len({kind for _, kind in e.demonstrations}) == classes for e in found)

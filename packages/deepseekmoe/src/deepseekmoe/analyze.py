@@ -153,7 +153,8 @@ class Trace:
         except OSError as error:
             raise DataError(f"{file}: {error.strerror or error}") from None
         except (BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError) as error:
-            what = "" if isinstance(error, ValueError) else f" ({error})"  # of pickles numpy says how
+            # a ValueError is numpy's advice on how to load pickles
+            what = "" if isinstance(error, ValueError) else f" ({error})"
             raise DataError(f"{file}: is no routing trace, or cut off{what}") from None
         return trace
 
