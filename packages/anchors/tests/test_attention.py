@@ -52,7 +52,7 @@ def test_a_watched_model_is_itself(family, prompts, name):
         rows = real[:, None, :, None].expand_as(weights)
         assert torch.allclose(weights[rows], seen[layer][rows], atol=1e-6)
     assert model.config._attn_implementation == implementation
-    assert logits_of(model, batch).equal(before)
+    assert torch.allclose(logits_of(model, batch), before, atol=1e-6)
     assert [set(vars(module)) for module in model.modules()] == state
 
 
@@ -90,7 +90,7 @@ def test_an_exception_leaves_the_model_alone(family, prompts):
             raise ZeroDivisionError
         assert model.config._attn_implementation == implementation
         assert not any("_attn" in vars(module) for module in model.modules())
-        assert logits_of(model, batch).equal(before)
+        assert torch.allclose(logits_of(model, batch), before, atol=1e-6)
 
 
 def test_generation_goes_on_after_an_edited_prompt(family, prompts):
