@@ -1,9 +1,10 @@
 """What all tests share: shape checks switched on, the real data, and an offline environment."""
 
+import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,6 +65,25 @@ def data_folder(request: pytest.FixtureRequest) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture
+def benchmark_file(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], ModuleType]:
+    """A function that imports a benchmark of the test's package; they may import each other.
+
+    Two packages may name a benchmark alike, so that none is taken over from an earlier test.
+    """
+    folder = request.path.parents[1] / "benchmarks"
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(folder)
+        for file in folder.glob("*.py"):
+            monkeypatch.delitem(sys.modules, file.stem, raising=False)
+        return importlib.import_module(name)
+
+    return load
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,29 +1,20 @@
 """The benchmark's ways agree on tiny input; nothing is timed."""
 
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
-import pytest
 from anchors.saliency import saliency
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module
-
-
-def test_one_pass_equals_a_pass_a_layer(script):
-    bench = script("bench_attention")
+def test_one_pass_equals_a_pass_a_layer(benchmark_file):
+    bench = benchmark_file("bench_attention")
     model, prompts = bench.make_case(2, 32, 20, 3)
     ours, theirs = saliency(model, prompts, [0] * 3), bench.layer_by_layer(model, prompts)
     assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-9)
     assert ours[:, 0].min() > 0
 
 
-def test_a_demo_is_collected(script, tmp_path):
+def test_a_demo_is_collected(benchmark_file, tmp_path):
     (tmp_path / "config.yaml").write_text("profile: full\nseeds: [3, 4]\n")
     (tmp_path / "environment.json").write_text("{}")
     (tmp_path / "claims.json").write_text('{"claims": [], "seconds": 1}')
@@ -31,6 +22,6 @@ def test_a_demo_is_collected(script, tmp_path):
         (tmp_path / f"seed-{seed}.json").write_text(
             json.dumps({"numbers": {"AUC": seed}, "tables": {}})
         )
-    found = script("bench_demo").collect(tmp_path)
+    found = benchmark_file("bench_demo").collect(tmp_path)
     assert found["command"] == "anchors demo --profile full --seeds 3,4"
     assert found["numbers"] == [{"seed": 3, "AUC": 3}, {"seed": 4, "AUC": 4}]

@@ -1,20 +1,9 @@
 """Each benchmark on tiny input: the answers of all its rivals are equal, nothing is timed."""
 
 import gzip
-import importlib
 import json
-from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def benchmark_file(monkeypatch):
-    """A function that imports a file of the benchmarks, which may import each other."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 def test_all_engines_answer_alike_at_every_share(benchmark_file):

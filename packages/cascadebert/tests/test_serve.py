@@ -1,7 +1,6 @@
 """The service: real processes on loopback, and the app in this process where a stage must be held."""
 
 import asyncio
-import importlib
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import httpx
 import pytest
@@ -34,7 +32,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 SECRET = "unspeakable"  # goes into texts, names and paths, and must not come out anywhere
 CPU = Runtime(device="cpu")
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -772,9 +769,8 @@ def test_wrong_options_are_told_in_one_line(calibrated, command, tmp_path, monke
     assert 'pip install "cascadebert[serve]"' in refused("--port", 0)
 
 
-def test_the_benchmark_compares_equal_answers(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    module = importlib.import_module("bench_serve")
+def test_the_benchmark_compares_equal_answers(benchmark_file):
+    module = benchmark_file("bench_serve")
     rows = {row["engine"]: row for row in module.measure(items=48, width=64, tries=1, size=8,
                                                          seconds=0.2)}  # fmt: skip
     assert rows["service"]["of offline %"] > 0

@@ -1,20 +1,8 @@
 """Each benchmark on tiny input: all rivals agree, nothing is timed."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 from deepseekmoe.architecture import DeepseekMoeConfig
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def benchmark_file(monkeypatch):
-    """A function that imports a file of the benchmarks."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 def test_all_ways_to_run_a_layer_agree(benchmark_file):

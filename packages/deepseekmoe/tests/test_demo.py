@@ -1,8 +1,6 @@
 """The embedded default shows the direction of the paper's claims, and can fail to."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 from deepseekmoe.demo import GIVEN, PROFILES, Profile, judge
@@ -84,12 +82,11 @@ def test_own_texts_and_resume(command, texts, tmp_path, monkeypatch):
     assert err.count("\n") == 1
 
 
-def test_a_finished_demo_is_collected(command, texts, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+def test_a_finished_demo_is_collected(command, texts, tmp_path, monkeypatch, benchmark_file):
     monkeypatch.setitem(PROFILES, "quick", Profile(4, ("gshard",), 4000, rows=2))
     out = tmp_path / "demo"
     command("demo", "--data", texts, "--seeds", "1,2", "--out", out, "--device", "cpu", "--quiet")
-    name, result = importlib.import_module("bench_demo").collect(out)
+    name, result = benchmark_file("bench_demo").collect(out)
     assert name == "demo-texts"
     assert result["command"] == "deepseekmoe demo --profile quick --seeds 1,2 --data DIR"
     each = [json.loads((out / f"seed-{seed}.json").read_text()) for seed in (1, 2)]
