@@ -31,19 +31,28 @@ Before = Callable[[int, Tensor, Tensor], Tensor]
 After = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+#: Layer, queries [batch, heads, time, width] and keys [batch, key heads, time, width] in.
+States = Callable[[int, Tensor, Tensor], None]
+
+
 @dataclass(frozen=True)
 class Edit:
-    """What one intervention does; both parts see every layer.
+    """What one intervention does; each part sees every layer.
 
     Attributes:
         before: changes the additive mask [batch, 1 or heads, time, time].
         after: sees weights after the softmax and gives the output to use.
         gradients: whether weights must carry gradients although no parameter does.
+        states: sees queries and keys as attention compares them, rotary positions applied.
+        cached: whether the edit also knows what to do in a pass over cached tokens, where there are more
+            columns than rows; one that does not leaves steps of generation alone.
     """
 
     before: Before | None = None
     after: After | None = None
     gradients: bool = False
+    states: States | None = None
+    cached: bool = False
 
 
 #: Attention module -> its layer, and the edits of the contexts around it.
@@ -57,8 +66,8 @@ _models: "WeakKeyDictionary[nn.Module, list[Edit]]" = WeakKeyDictionary()
 def instrument(model: "PreTrainedModel", edit: Edit) -> Iterator[None]:
     """Apply an edit to every forward pass meanwhile; contexts can be nested, edits add up.
 
-    Edits are for passes over whole prompts: without a cache, or into an empty dynamic one. A later step
-    of generation reads what they left in the cache and is not edited itself.
+    Most edits are for passes over whole prompts: without a cache, or into an empty dynamic one. A later
+    step of generation reads what they left in the cache and is not edited itself.
 
     Args:
         model: any causal language model whose attention can be replaced.
@@ -152,9 +161,10 @@ def _attend(
     eager = _eager(type(module))
     assert eager is not None
     layer, edits = _active.get(module, (0, []))
-    if not edits or not _is_whole(query, key):
+    edits = _fitting(edits, query, key)
+    if not edits:
         return eager(module, query, key, value, attention_mask, **options)
-    query, mask = _prepared(edits, layer, query, attention_mask, key.shape[-2])
+    query, mask = _prepared(edits, layer, query, key, attention_mask)
     output, weights = eager(module, query, key, value, mask, **options)
     for edit in edits:
         if edit.after:
@@ -167,9 +177,10 @@ def _wrapper(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None):
         layer, edits = _active.get(module, (0, []))
-        if not edits or not _is_whole(query, key):
+        edits = _fitting(edits, query, key)
+        if not edits:
             return own(query, key, value, attention_mask)
-        query, mask = _prepared(edits, layer, query, attention_mask, key.shape[-2])
+        query, mask = _prepared(edits, layer, query, key, attention_mask)
         output, weights = own(query, key, value, mask)
         for edit in edits:
             if edit.after:
@@ -179,31 +190,34 @@ def _wrapper(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-def _is_whole(query: Tensor, key: Tensor) -> bool:
-    """Whether a pass reads a whole prompt; a step of generation reads one token and is left alone."""
+def _fitting(edits: list[Edit], query: Tensor, key: Tensor) -> list[Edit]:
+    """The edits that take part in a pass: over a whole prompt all, over a cache those made for it."""
     if query.shape[-2] == key.shape[-2]:
-        return True
-    if query.shape[-2] == 1:
-        return False
-    raise ModelError(
-        f"a pass of {query.shape[-2]} tokens over {key.shape[-2]} cached ones cannot be edited; run the "
-        "whole prompt with use_cache=False or into an empty DynamicCache"
-    )
+        return edits
+    if query.shape[-2] > 1 and not all(edit.cached for edit in edits):
+        raise ModelError(
+            f"a pass of {query.shape[-2]} tokens over {key.shape[-2]} cached ones cannot be edited; run "
+            "the whole prompt with use_cache=False or into an empty DynamicCache"
+        )
+    return [edit for edit in edits if edit.cached]
 
 
 def _prepared(
-    edits: list[Edit], layer: int, query: Tensor, mask: Tensor | None, keys: int
+    edits: list[Edit], layer: int, query: Tensor, key: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    keys = key.shape[-2]
     if any(edit.gradients for edit in edits) and not query.requires_grad:
         query = query.detach().requires_grad_()
     if mask is None:
         lowest = torch.finfo(query.dtype).min
-        mask = torch.full((keys, keys), lowest, dtype=query.dtype, device=query.device).triu(1)[
-            None, None
-        ]
+        rows = query.shape[-2]
+        mask = torch.full((rows, keys), lowest, dtype=query.dtype, device=query.device)
+        mask = mask.triu(1 + keys - rows)[None, None]
     assert mask is not None
     mask = mask[..., :keys]
     for edit in edits:
+        if edit.states:
+            edit.states(layer, query, key)
         if edit.before:
             mask = edit.before(layer, query, mask)
     return query, mask

@@ -1,23 +1,20 @@
 """The stations of the method as commands, each on the user's own model and rows."""
 
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
+from octavo.errors import ConfigError
 from octavo.runtime import Runtime
 
-from anchors.config import PromptOptions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from anchors.prompts import Prompt
+from anchors.config import PromptOptions, ReweightConfig
 
 app = make_app(
     "anchors",
-    "See how in-context learning flows through the label words of any causal language model.",
+    "See how in-context learning flows through a language model's label words, and use it.",
 )
 main = partial(run, app)
 
@@ -37,12 +34,12 @@ def flow(
         per_head: Keep heads apart.
     """
     from anchors.analyses import flow_rows
-    from anchors.report import flow_figure
+    from anchors.session import ready
 
-    loaded, prompts, labels = _ready(model, options, runtime)
-    rows = flow_rows(loaded, prompts, labels, options.batch_size, per_head)
-    table = f"Saliency, mean of {len(prompts)} prompts (95 % interval)"
-    return _told("flow", model, options, runtime, {table: rows}, per_head, flow_figure)
+    session = ready(model, options, runtime)
+    rows = flow_rows(session.model, session.prompts, session.labels, options.batch_size, per_head)
+    table = f"Saliency, mean of {len(session.prompts)} prompts (95 % interval)"
+    return session.told("flow", {table: rows}, {"per_head": per_head})
 
 
 @app.command
@@ -60,12 +57,14 @@ def block(
         window: Layers isolated together, at most the model's.
     """
     from anchors.analyses import block_rows
-    from anchors.report import block_figure
+    from anchors.session import ready
 
-    loaded, prompts, labels = _ready(model, options, runtime)
-    rows = block_rows(loaded, prompts, labels, window, runtime.seed, options.batch_size)
-    table = f"Isolation, {len(prompts)} prompts (95 % interval)"
-    return _told("block", model, options, runtime, {table: rows}, window, block_figure)
+    session = ready(model, options, runtime)
+    rows = block_rows(
+        session.model, session.prompts, session.labels, window, runtime.seed, options.batch_size
+    )
+    table = f"Isolation, {len(session.prompts)} prompts (95 % interval)"
+    return session.told("block", {table: rows}, {"window": window})
 
 
 @app.command
@@ -83,11 +82,190 @@ def read(
         per_head: Show the AUC of each head too.
     """
     from anchors.analyses import read_tables
-    from anchors.report import read_figure
+    from anchors.session import ready
 
-    loaded, prompts, labels = _ready(model, options, runtime)
-    tables = read_tables(loaded, prompts, labels, options.batch_size, per_head)
-    return _told("read", model, options, runtime, tables, per_head, read_figure)
+    session = ready(model, options, runtime)
+    tables = read_tables(
+        session.model, session.prompts, session.labels, options.batch_size, per_head
+    )
+    return session.told("read", tables, {"per_head": per_head})
+
+
+@app.command
+def evaluate(
+    model: str,
+    options: Flat[PromptOptions],
+    *,
+    adapter: Path | None = None,
+    cache: Path | None = None,
+    rival_shots: int = 5,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Accuracy: as it is, with more demonstrations, calibrated; or with a saved adapter or cache.
+
+    Args:
+        model: Folder or hub id of a causal language model.
+        adapter: Folder that `anchors reweight` saved; its task and demonstrations are used.
+        cache: Folder that `anchors compress` saved; its task and demonstrations are used.
+        rival_shots: Demonstrations of each class in a second, longer prompt; 0 for none.
+    """
+    from anchors import cache as caches
+    from anchors import reweight as reweighting
+    from anchors.comparisons import accuracy_rows
+    from anchors.session import ready
+
+    if adapter and cache:
+        raise ConfigError("--adapter and --cache: give one of them")
+    if adapter:
+        shown = caches.shown_in(adapter, reweighting.ABOUT)
+        session = ready(model, options, runtime, shown)
+        weighter = reweighting.Reweighter.load(adapter, session.model)
+        chosen = session.predict(session.prompts, around=weighter.around(session.model))
+        found = {"vanilla": session.vanilla(), "re-weighted": chosen}
+    elif cache:
+        session = ready(model, options, runtime, caches.shown_in(cache, caches.ABOUT))
+        kept = caches.PromptCache.load(cache, session.model)
+        chosen = session.predict(session.prompts, cache=kept)
+        found = {"vanilla": session.vanilla(), "compressed": chosen}
+    else:
+        session = ready(model, options, runtime)
+        chosen = session.vanilla()
+        found = session.rivals(chosen, rival_shots)
+    return session.told(
+        "evaluate", {f"Accuracy, {len(session.prompts)} texts": accuracy_rows(found, session.labels)},
+        {"adapter": adapter and str(adapter), "cache": cache and str(cache),
+         "rival_shots": rival_shots},
+        lambda folder: session.write_predictions(folder / "predictions.jsonl", chosen),
+    )  # fmt: skip
+
+
+@app.command
+def reweight(
+    model: str,
+    options: Flat[PromptOptions],
+    *,
+    config: Flat[ReweightConfig] = ReweightConfig(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Learn how much of each label word each head should read, save it, and compare it with rivals.
+
+    Args:
+        model: Folder or hub id of a causal language model.
+    """
+    from anchors.cache import remember
+    from anchors.comparisons import accuracy_rows
+    from anchors.reweight import Reweighter
+    from anchors.session import ready
+
+    config.check()
+    session = ready(model, options, runtime)
+    drawn = session.drawn
+    rows = drawn.examples(config.train_per_class, runtime.seed)
+    about = remember(drawn.task, drawn.shown) | {"trained on": f"{len(rows)} texts"}
+    weighter = Reweighter(session.model, len(drawn.task.labels), about | asdict(config))
+    losses = weighter.fit(
+        session.model, session.prompts_of(drawn, rows), [row.label for row in rows],
+        config.learning_rate, config.epochs, config.train_batch_size, runtime.seed,
+    )  # fmt: skip
+    found = session.rivals(session.vanilla(), options.shots + config.train_per_class)
+    around = weighter.around(session.model)
+    found["re-weighted"] = session.predict(session.prompts, around=around)
+    table = accuracy_rows(found, session.labels)
+    weighter.about |= {f"accuracy, {row['method']}": row.get("accuracy") for row in table}
+    epochs = [{"epoch": n + 1, "loss": loss} for n, loss in enumerate(losses)]
+    return session.told(
+        "reweight", {f"Accuracy, {len(session.prompts)} texts": table, "Training": epochs},
+        asdict(config), lambda folder: weighter.save(folder / "adapter"),
+    )  # fmt: skip
+
+
+@app.command
+def compress(
+    model: str,
+    options: Flat[PromptOptions],
+    *,
+    positions: Literal["original", "compact"] = "original",
+    draws: int = 20,
+    choose_on: int = 4,
+    eight_bits: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Keep the demonstrations' label and format words only; with rivals, loyalty, memory and speed.
+
+    Args:
+        model: Folder or hub id of a causal language model.
+        positions: What follows stays where it was (original), or moves up to the kept tokens (compact).
+        draws: Random sets of tokens that the best is chosen of; 0 for none.
+        choose_on: Texts of each class of the training data that it is chosen on.
+        eight_bits: Save the cache with 8 bits a number.
+    """
+    from anchors.cache import remember
+    from anchors.comparisons import compress_rows
+    from anchors.session import ready
+
+    if draws < 0 or choose_on < 1:
+        raise ConfigError(f"--draws {draws}, --choose-on {choose_on}: must be 0 and 1 or more")
+    session = ready(model, options, runtime)
+    drawn, held = session.drawn, []
+    if draws:
+        rows = drawn.examples(choose_on, runtime.seed)
+        held = session.prompts_of(drawn, rows)
+    rows, kept = compress_rows(
+        session.model, session.prompts, session.labels, held, positions, draws, runtime.seed,
+        options.batch_size,
+    )  # fmt: skip
+    kept = replace(kept, about={**kept.about, **remember(drawn.task, drawn.shown)})
+    kept = kept.quantized() if eight_bits else kept
+    choice = {"positions": positions, "draws": draws, "choose_on": choose_on, "bits": eight_bits}
+    table = f"Compression, {len(session.prompts)} texts (95 % interval)"
+    return session.told(
+        "compress", {table: rows}, choice, lambda folder: kept.save(folder / "cache")
+    )
+
+
+@app.command
+def diagnose(
+    model: str,
+    options: Flat[PromptOptions],
+    *,
+    variance: float = 0.9,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Which classes will be confused, as the anchors' keys tell it, and which really are.
+
+    Args:
+        model: Folder or hub id of a causal language model.
+        variance: Share of the queries' variance that the principal directions kept must have.
+    """
+    from anchors.comparisons import diagnose_tables
+    from anchors.diagnose import diagnose as compare
+    from anchors.session import ready
+
+    session = ready(model, options, runtime)
+    found = compare(
+        session.model,
+        session.prompts,
+        session.labels,
+        variance,
+        options.batch_size,
+        seed=runtime.seed,
+    )
+    tables = diagnose_tables(found, session.drawn.task.labels)
+    return session.told("diagnose", tables, {"variance": variance})
+
+
+@app.command
+def report(runs: list[Path], *, out: Path, overwrite: bool = False) -> Outcome:
+    """Put the results of several commands into one report.
+
+    Args:
+        runs: Folders that other commands wrote with --out.
+        out: Folder of the report.
+        overwrite: Start anew where a report already lies.
+    """
+    from anchors.report import combined
+
+    return Outcome({}, note=f"Report: {combined(runs, out, overwrite)}")
 
 
 @app.command
@@ -111,49 +289,3 @@ def demo(
 
     runtime.start()
     return run_demo(profile, seeds, out, overwrite, runtime)
-
-
-def _ready(
-    source: str, options: PromptOptions, runtime: Runtime
-) -> "tuple[PreTrainedModel, list[Prompt], list[int]]":
-    """The model on its device, the prompts and their true classes."""
-    from octavo.models import load_model, load_tokenizer
-    from transformers import AutoModelForCausalLM
-
-    from anchors.data import build_prompts
-
-    options.check()
-    options.chosen_task()
-    device = runtime.start()
-    tokenizer = load_tokenizer(source)
-    model = load_model(AutoModelForCausalLM, source, dtype=runtime.torch_dtype()).to(device)  # pyright: ignore
-    longest = getattr(model.config, "max_position_embeddings", None) or 10**9
-    prompts, labels = build_prompts(options, tokenizer, runtime.seed, longest)
-    return model, prompts, labels
-
-
-def _told(
-    name: str,
-    model: str,
-    options: PromptOptions,
-    runtime: Runtime,
-    tables: dict[str, Any],
-    choice: Any,
-    figure: Any,
-) -> Outcome:
-    """The outcome, and with --out its folder: `result.json`, `report.md` and `report.html`."""
-    if options.out is None:
-        return Outcome(tables)
-    from octavo.report import Report
-    from octavo.rundir import RunDir, options_of
-
-    given = options_of(options, runtime, {"command": name, "model": model, "choice": choice})
-    with RunDir.open(options.out, given, options.overwrite) as opened:
-        opened.write_json("result.json", tables)
-        report = Report(f"anchors {name}")
-        report.text(f"Model {model}, texts {options.data}, seed {runtime.seed}.")
-        for caption, rows in tables.items():
-            report.table(caption, rows)
-        report.figure(name, figure(next(iter(tables.values()))))
-        page = report.save(options.out)
-    return Outcome(tables, note=f"Report: {page}")

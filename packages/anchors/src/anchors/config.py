@@ -60,11 +60,11 @@ TASKS = {
 class PromptOptions:
     """Which prompts are made: demonstrations from one set of rows, texts to label from another."""
 
-    train_data: str
-    """Rows that demonstrations are drawn from: a file, a folder of splits or a hub id."""
-
     data: str
-    """Rows to label."""
+    """Rows to label: a file, a folder of splits or a hub id."""
+
+    train_data: str | None = None
+    """Rows that demonstrations are drawn from."""
 
     task: str = "sst2"
     """sst2, agnews, trec or emoc: template and label words of the paper."""
@@ -115,6 +115,16 @@ class PromptOptions:
             raise ConfigError(f"--task {self.task}: is none of {', '.join(TASKS)}")
         return TASKS[self.task]
 
+    def train_rows(self) -> str:
+        """Where demonstrations are drawn from.
+
+        Raises:
+            ConfigError: no place is named.
+        """
+        if self.train_data is None:
+            raise ConfigError("--train-data: name the rows that demonstrations are drawn from")
+        return self.train_data
+
     def check(self) -> None:
         """Refuse numbers that are out of range.
 
@@ -126,3 +136,35 @@ class PromptOptions:
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"--{name} {value}: must be {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweightConfig:
+    """How the numbers of anchor re-weighting are trained; the paper's setting."""
+
+    train_per_class: int = 4
+    """Labelled texts of each class to train on, besides the demonstrations."""
+
+    learning_rate: float = 0.01
+    """Of Adam."""
+
+    epochs: int = 10
+    """Passes over these texts."""
+
+    train_batch_size: int = 1
+    """Prompts in one step."""
+
+    def check(self) -> None:
+        """Refuse numbers that are out of range.
+
+        Raises:
+            ConfigError: one is.
+        """
+        for name, value in (
+            ("train-per-class", self.train_per_class), ("epochs", self.epochs),
+            ("train-batch-size", self.train_batch_size),
+        ):  # fmt: skip
+            if value < 1:
+                raise ConfigError(f"--{name} {value}: must be 1 or more")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"--learning-rate {self.learning_rate}: must be above 0")

@@ -79,6 +79,95 @@ def draw_demonstrations(
     return chosen
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What the options and a seed give.
+
+    Attributes:
+        task: template and label words.
+        shown: the demonstrations, in their order.
+        rows: texts to label.
+        rest: rows to demonstrate with that were not drawn.
+    """
+
+    task: Task
+    shown: list[tuple[str, int]]
+    rows: list[Example]
+    rest: list[Example]
+
+    @property
+    def labels(self) -> list[int]:
+        """The true class of each row."""
+        return [row.label for row in self.rows]
+
+    def prompts(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        longest: int,
+        rows: Sequence[Example] | None = None,
+    ) -> "list[Prompt]":
+        """A prompt for each row (by default those to label), all with the same demonstrations.
+
+        Raises:
+            DataError: a prompt is longer than the model takes.
+        """
+        from anchors.prompts import build_prompt
+
+        chosen = self.rows if rows is None else rows
+        prompts = [build_prompt(self.task, tokenizer, self.shown, row.text) for row in chosen]
+        most = max(len(prompt) for prompt in prompts)
+        if most > longest:
+            raise DataError(
+                f"a prompt has {most} tokens and the model takes {longest}; use fewer --shots or "
+                "shorter texts"
+            )
+        return prompts
+
+    def examples(self, count: int, seed: int) -> list[Example]:
+        """As many of the rest of each class, to train or to choose on.
+
+        Raises:
+            DataError: a class has too few.
+        """
+        pairs = draw_demonstrations(self.rest, len(self.task.labels), count, seed)
+        return [Example(text, kind) for text, kind in pairs]
+
+
+def draw(
+    options: PromptOptions,
+    seed: int,
+    task: Task | None = None,
+    shown: Sequence[tuple[str, int]] | None = None,
+) -> Drawn:
+    """Rows to label, and demonstrations.
+
+    Args:
+        options: task, rows and sizes.
+        seed: of the demonstrations and of the texts drawn.
+        task: another than the options'.
+        shown: demonstrations that are given already; the rows to demonstrate with are then not read.
+
+    Raises:
+        DataError: rows are wrong, or a class is empty.
+    """
+    task = task or options.chosen_task()
+    columns = {"text": options.text_column, "label": options.label_column}
+    pool: list[Example] = []
+    if shown is None:
+        pool = load_examples(options.train_rows(), task, "train", **columns)
+        shown = draw_demonstrations(pool, len(task.labels), options.shots, seed)
+    rows = load_examples(options.data, task, "test", **columns)
+    taken = set(shown)
+    rows = [row for row in rows if (row.text, row.label) not in taken]
+    if options.samples and options.samples < len(rows):
+        rows = random.Random(seed).sample(rows, options.samples)
+    if not rows:
+        raise DataError(f"{options.data}: holds no text besides the demonstrations")
+    asked = {row.text for row in rows}
+    rest = [row for row in pool if (row.text, row.label) not in taken and row.text not in asked]
+    return Drawn(task, list(shown), rows, rest)
+
+
 def build_prompts(
     options: PromptOptions, tokenizer: "PreTrainedTokenizerBase", seed: int, longest: int
 ) -> "tuple[list[Prompt], list[int]]":
@@ -93,23 +182,5 @@ def build_prompts(
     Raises:
         DataError: rows are wrong, a class is empty, or a prompt is longer than the model takes.
     """
-    from anchors.prompts import build_prompt
-
-    task = options.chosen_task()
-    columns = {"text": options.text_column, "label": options.label_column}
-    pool = load_examples(options.train_data, task, "train", **columns)
-    rows = load_examples(options.data, task, "test", **columns)
-    shown = draw_demonstrations(pool, len(task.labels), options.shots, seed)
-    rows = [row for row in rows if (row.text, row.label) not in set(shown)]
-    if options.samples and options.samples < len(rows):
-        rows = random.Random(seed).sample(rows, options.samples)
-    if not rows:
-        raise DataError(f"{options.data}: holds no text besides the demonstrations")
-    prompts = [build_prompt(task, tokenizer, shown, row.text) for row in rows]
-    most = max(len(prompt) for prompt in prompts)
-    if most > longest:
-        raise DataError(
-            f"{options.data}: a prompt has {most} tokens and the model takes {longest}; use fewer "
-            "--shots or shorter texts"
-        )
-    return prompts, [row.label for row in rows]
+    drawn = draw(options, seed)
+    return drawn.prompts(tokenizer, longest), drawn.labels

@@ -1,17 +1,20 @@
 """What a model answers, and how much of it an intervention leaves: accuracy and loyalties."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from octavo.console import progress
 from octavo.errors import ModelError
+from torch import Tensor
 
 from anchors.attention import frozen
+from anchors.cache import PromptCache
 from anchors.prompts import Batch, Prompt, batches
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def predict(
     prompts: Sequence[Prompt],
     batch_size: int = 8,
     around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
+    cache: PromptCache | None = None,
 ) -> Predictions:
     """Predict the class of every prompt.
 
@@ -53,17 +57,21 @@ def predict(
         prompts: of equally many classes.
         batch_size: prompts in one pass.
         around: an intervention that each batch is run in.
+        cache: of the demonstrations, whole or compressed; each prompt's own are then not read, and only
+            what follows them is run.
 
     Raises:
         ModelError: a score is NaN or infinite, as half precision makes it.
     """
     scores: dict[int, np.ndarray] = {}
     top: dict[int, np.ndarray] = {}
+    if cache is not None:
+        prompts, around = [prompt.tail() for prompt in prompts], cache.windowed(model)
     for numbers, batch in progress(batches(prompts, batch_size, device=model.device), "predicting"):
-        rows = torch.arange(len(numbers), device=model.device)
+        inputs = batch.inputs() | {"use_cache": False} if cache is None else cache.inputs(batch)
         answers = torch.tensor([prompt.answers for prompt in batch.prompts], device=model.device)
         with frozen(model), around(batch), torch.no_grad():
-            logits = model(**batch.inputs(), use_cache=False).logits[rows, batch.targets].float()
+            logits = target_logits(model, inputs).float()
         if not logits.isfinite().all():
             raise ModelError(
                 f"logits became NaN or infinite in {model.dtype}; use --dtype float32 or bfloat16"
@@ -74,6 +82,13 @@ def predict(
         top |= dict(zip(numbers, best, strict=True))
     order = range(len(prompts))
     return Predictions(np.stack([scores[n] for n in order]), np.stack([top[n] for n in order]))
+
+
+def target_logits(model: "PreTrainedModel", inputs: dict[str, Any]) -> Tensor:
+    """Logits of each row's last token: [batch, vocabulary]; others are left out where it can."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs = inputs | {"logits_to_keep": 1}
+    return model(**inputs).logits[:, -1]
 
 
 def label_loyalty(before: Predictions, after: Predictions) -> Float[np.ndarray, " prompts"]:

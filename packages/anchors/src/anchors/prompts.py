@@ -31,6 +31,7 @@ class Prompt:
         query: index of the first token that belongs to the text to label and its template.
         target: index of the last token, where the label is predicted (the paper's q).
         answers: for each class the id of its label word's first token, as it would follow here.
+        special: indices of marks of the tokenizer's own, such as BOS.
     """
 
     input_ids: tuple[int, ...]
@@ -40,9 +41,15 @@ class Prompt:
     query: int
     target: int
     answers: tuple[int, ...]
+    special: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def tail(self) -> "Prompt":
+        """What follows the demonstrations, to be run on a cache of them."""
+        target, ids = self.target - self.query, self.input_ids[self.query :]
+        return Prompt(ids, (), (), (), 0, target, self.answers)
 
 
 def build_prompt(
@@ -111,7 +118,8 @@ def build_prompt(
     )
     query = next((i for i, (low, high) in enumerate(offsets) if high > low >= start), len(ids) - 1)
     classes = tuple(kind for _, kind in demonstrations)
-    return Prompt(tuple(ids), labels, classes, formats, query, len(ids) - 1, answers)
+    special = tuple(i for i, (low, high) in enumerate(offsets[:query]) if low == high)
+    return Prompt(tuple(ids), labels, classes, formats, query, len(ids) - 1, answers, special)
 
 
 def _add(words: str, more: str) -> tuple[str, tuple[int, int]]:

@@ -15,6 +15,7 @@ from octavo.errors import ModelError
 from torch import Tensor
 
 from anchors.attention import Edit, frozen, instrument
+from anchors.evaluate import target_logits
 from anchors.prompts import Batch, Prompt, batches
 
 if TYPE_CHECKING:
@@ -93,10 +94,9 @@ def _backward(
         weights.register_hook(lambda gradient: reduce(layer, (weights * gradient).detach()))
         return output
 
-    rows = torch.arange(len(labels), device=model.device)
     answers = torch.tensor([prompt.answers for prompt in batch.prompts], device=model.device)
     with frozen(model), instrument(model, Edit(after=watch, gradients=True)), torch.enable_grad():
-        logits = model(**batch.inputs(), use_cache=False).logits[rows, batch.targets]
+        logits = target_logits(model, batch.inputs() | {"use_cache": False})
         right = torch.tensor(labels, device=model.device)
         loss = torch.nn.functional.cross_entropy(
             logits.gather(1, answers).float(), right, reduction="sum"
