@@ -145,8 +145,9 @@ def test_tables(family, prompts):
         (1, 0),
     ]
     block = block_rows(model, prompts, labels, window=9)
-    assert [row.get("layers") for row in block] == [None, *["first 3"] * 3, *["last 3"] * 3]
+    assert [row.get("layers") for row in block] == [None, *["first 3"] * 3, *["last 3"] * 3, None]
     assert block[1]["label loyalty"] == block[4]["label loyalty"]
+    assert block[-1]["accuracy"] == block[-1]["label loyalty"] == 1 / 3
     tables = read_tables(model, prompts, labels, per_head=True)
     assert [row["layer"] for row in tables["AUC of each head"]] == [0, 1, 2]
     with pytest.raises(ConfigError, match="--window 0"):

@@ -1,6 +1,7 @@
 from collections import Counter
 
-from anchors.world import WORLDS, episodes, make_tokenizer, prompt, topic_words
+from anchors.demo import world_prompts
+from anchors.world import END, TASKS, WORLDS, episodes, make_tokenizer, topic_words
 
 WORLD = WORLDS["quick"]
 
@@ -16,16 +17,24 @@ def test_the_same_seed_gives_the_same_episodes():
 
 def test_offsets_give_the_words_back():
     tokenizer = make_tokenizer(WORLD)
-    for episode in episodes(WORLD, 20, 3, 1, 0):
-        text = prompt(episode)
-        coded = tokenizer(text, return_offsets_mapping=True)
-        assert coded["input_ids"][0] == tokenizer.bos_token_id
-        assert tokenizer.unk_token_id not in coded["input_ids"]
-        for number, (start, end) in list(
-            zip(coded["input_ids"], coded["offset_mapping"], strict=False)
-        )[1:]:
-            assert text[start:end] == tokenizer.convert_ids_to_tokens(number)
-        assert coded["input_ids"].count(tokenizer.convert_tokens_to_ids("\n")) == 3
+    prompts, labels = world_prompts(WORLD, tokenizer, 20, 3, 0)
+    for prompt, label, episode in zip(prompts, labels, episodes(WORLD, 20, 3, 1, 0), strict=True):
+        before, after = TASKS[episode.task][0].removesuffix("{label}").split(" {text} ")
+        words = [word.strip() for word in episode.words]
+        expected, frame = [END], []
+        for text, kind in episode.demonstrations:
+            expected += [before, *text.split(), after, words[kind], "\n"]
+            frame += [before, after, "\n"]
+        last = [before, *episode.text.split(), after]
+        tokens = tokenizer.convert_ids_to_tokens(list(prompt.input_ids))
+        assert tokens == expected + last
+        assert [[tokens[place] for place in places] for places in prompt.labels] == [
+            [words[kind]] for _, kind in episode.demonstrations
+        ]
+        assert [tokens[place] for place in prompt.format] == frame
+        assert (tokens[prompt.query :], tokens[prompt.target]) == (last, after)
+        assert tokenizer.convert_ids_to_tokens(list(prompt.answers)) == words
+        assert label == episode.label
 
 
 def test_training_and_evaluation_share_no_mapping():

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
+#: The row of answers drawn by lot, which tells from where on a loyalty means something.
+GUESSES = "(guesses instead)"
+
 
 def interval(values: Any) -> str:
     """A 95 % bootstrap interval in words; of one value nothing."""
@@ -49,6 +52,8 @@ def block_rows(
 ) -> Rows:  # fmt: skip
     """Loyalties and accuracy with label, random or format tokens isolated in some layers.
 
+    The last row is what guesses would reach, each label word as likely as the others.
+
     Raises:
         ConfigError: the window is no number of the model's layers.
     """
@@ -69,7 +74,8 @@ def block_rows(
                  "label loyalty": float(label.mean()), "label loyalty interval": interval(label),
                  "word loyalty": float(word.mean()), "word loyalty interval": interval(word)}
             )  # fmt: skip
-    return rows
+    guessed = 1 / before.scores.shape[1]
+    return [*rows, {"isolated": GUESSES, "accuracy": guessed, "label loyalty": guessed}]
 
 
 def isolate(

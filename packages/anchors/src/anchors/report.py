@@ -9,6 +9,7 @@ from octavo.errors import DataError
 from octavo.report import Report
 from octavo.rundir import RunDir
 
+from anchors.analyses import GUESSES
 from anchors.saliency import PARTS
 
 if TYPE_CHECKING:
@@ -82,37 +83,42 @@ def figures(command: str, tables: Mapping[str, Rows]) -> "dict[str, Figure]":
 
 def flow_figure(rows: Rows) -> "Figure":
     """The parts of the flow over layers; heads are averaged."""
-    figure, axes = _axes("layer", "saliency")
+    figure, axes = _layer_axes("saliency")
     layers = sorted({row["layer"] for row in rows})
     for part in PARTS:
         each = [[row[part] for row in rows if row["layer"] == layer] for layer in layers]
         axes.plot(layers, [sum(values) / len(values) for values in each], marker="o", label=part)
     axes.set_yscale("symlog", linthresh=1e-6)
-    axes.legend()
+    _legend(axes)
     return figure
 
 
 def block_figure(rows: Rows) -> "Figure":
-    """Label and word loyalty of each isolation, side by side."""
+    """Label and word loyalty of each isolation, side by side, and what guesses would keep."""
     figure, axes = _axes("", "loyalty")
-    done = [row for row in rows if "label loyalty" in row]
+    done = [row for row in rows if "layers" in row]
     for offset, name in ((-0.2, "label loyalty"), (0.2, "word loyalty")):
         heights = [row[name] for row in done]
         axes.bar([place + offset for place in range(len(done))], heights, 0.4, label=name)
     axes.set_xticks(range(len(done)), [f"{row['isolated']}\n{row['layers']}" for row in done])
-    axes.legend()
+    for row in rows:
+        if row["isolated"] == GUESSES:
+            name = "label loyalty of guesses"
+            axes.axhline(row["label loyalty"], color="grey", linewidth=0.8, label=name)
+    axes.set_ylim(0, 1)
+    _legend(axes)
     return figure
 
 
 def read_figure(rows: Rows) -> "Figure":
     """AUC and its cumulative share over layers."""
-    figure, axes = _axes("layer", "AUC, R")
+    figure, axes = _layer_axes("AUC, R")
     for name in ("AUC", "R"):
         axes.plot(
             [row["layer"] for row in rows], [row[name] for row in rows], marker="o", label=name
         )
     axes.axhline(0.5, color="grey", linewidth=0.8)
-    axes.legend()
+    _legend(axes)
     return figure
 
 
@@ -193,3 +199,17 @@ def _axes(across: str, up: str) -> tuple["Figure", Any]:
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     return figure, axes
+
+
+def _layer_axes(up: str) -> tuple["Figure", Any]:
+    """Layers across, without ticks between them."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes("layer", up)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure, axes
+
+
+def _legend(axes: Any) -> None:
+    """In one row above the axes, where it covers nothing."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)

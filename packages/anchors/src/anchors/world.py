@@ -204,13 +204,6 @@ def _text(world: World, draw: random.Random, topic: int) -> str:
     )
 
 
-def prompt(episode: Episode) -> str:
-    """The demonstrations and the text, up to where the label word belongs."""
-    template, _ = TASKS[episode.task]
-    lines = [template.format(text=t, label=episode.words[k]) for t, k in episode.demonstrations]
-    return "\n".join([*lines, template.format(text=episode.text, label="")])
-
-
 def make_model(world: World, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
     """An untrained decoder in which alike tokens attend to each other and attention copies."""
     import torch
@@ -341,26 +334,3 @@ def train(
             run.log(training="model", step=step, loss=sum(recent) / len(recent))
             recent.clear()
     return bare.eval()
-
-
-def accuracy(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", episodes: Sequence[Episode]
-) -> float:
-    """Share of episodes whose label word is the likeliest of all label words of the task."""
-    import torch
-
-    numbers = tokenizer.get_vocab()
-    right = 0
-    for start in range(0, len(episodes), 100):
-        part = episodes[start : start + 100]
-        batch = tokenizer(
-            [prompt(e) for e in part], padding=True, padding_side="right", return_tensors="pt"
-        ).to(model.device)
-        with torch.no_grad():
-            logits = model(**batch).logits
-        last = batch["attention_mask"].sum(1) - 1
-        for row, episode in enumerate(part):
-            labels = [numbers[word.strip()] for word in TASKS[episode.task][1]]
-            best = TASKS[episode.task][1][int(logits[row, last[row], labels].argmax())]
-            right += best == episode.words[episode.label]
-    return right / max(1, len(episodes))
