@@ -20,7 +20,7 @@ def test_a_command_writes_its_result_and_report(command, saved, rows, tmp_path, 
     out = tmp_path / "out"
     code, printed, err = command(*words, "--out", out)
     assert code == 0, err
-    assert json.loads((out / "result.json").read_text()) == tables
+    assert json.loads((out / "result.json").read_text())["tables"] == tables
     assert "<img" in (out / "report.html").read_text()
     assert command(*words, "--out", out)[0] == 2
 

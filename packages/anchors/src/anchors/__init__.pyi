@@ -17,3 +17,4 @@ from .prompts import collate as collate
 from .reading import reading as reading
 from .saliency import saliency as saliency
 from .saliency import saliency_matrices as saliency_matrices
+from .view import flow_page as flow_page

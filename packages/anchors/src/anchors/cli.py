@@ -92,6 +92,40 @@ def read(
 
 
 @app.command
+def view(
+    model: str,
+    options: Flat[PromptOptions],
+    *,
+    number: int = 0,
+    text: str | None = None,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """The flow through one prompt, token by token; with --out as a page to explore in a browser.
+
+    Args:
+        model: Folder or hub id of a causal language model.
+        number: Which of the texts drawn is shown, counted from 0.
+        text: A text of your own instead; the model's own prediction is then taken for its label.
+    """
+    from octavo.rundir import write_text
+
+    from anchors.session import ready
+    from anchors.view import chosen_prompt, view_prompt
+
+    session = ready(model, options, runtime)
+    prompt, label = chosen_prompt(session, number, text)
+    which = f"text {number} of {options.data}" if text is None else "a text of the user's own"
+    about = f"Model {model}; demonstrations of {options.train_data}, seed {runtime.seed}; {which}."
+    tables, page = view_prompt(
+        session.model, session.tokenizer, session.drawn.task, prompt, label, about
+    )
+    return session.told(
+        "view", tables, {"number": number, "text": text},
+        lambda folder: write_text(folder / "view.html", page), "view.html",
+    )  # fmt: skip
+
+
+@app.command
 def evaluate(
     model: str,
     options: Flat[PromptOptions],

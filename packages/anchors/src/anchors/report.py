@@ -66,7 +66,7 @@ def figures(command: str, tables: Mapping[str, Rows]) -> "dict[str, Figure]":
     """The figures of a command's tables, by caption."""
     first = next(iter(tables.values()))
     match command:
-        case "flow":
+        case "flow" | "view":
             return {"Saliency by layer": flow_figure(first)}
         case "block":
             return {"Loyalty under isolation": block_figure(first)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from octavo.console import progress
 from octavo.errors import ModelError
 from torch import Tensor
@@ -56,7 +56,7 @@ def saliency(
     """
     found: dict[int, np.ndarray] = {}
     for numbers, batch in progress(batches(prompts, batch_size, device=model.device), "saliency"):
-        parts = _parts(batch)
+        parts = part_edges(batch)
         layers: dict[int, Tensor] = {}
 
         def reduce(layer: int, product: Tensor, parts=parts, layers=layers) -> None:
@@ -108,8 +108,8 @@ def _backward(
         loss.backward()
 
 
-def _parts(batch: Batch) -> Tensor:
-    """Which edges (row, column) belong to S_wp, S_pq and S_ww: [3, batch, time, time] of bool."""
+def part_edges(batch: Batch) -> Bool[Tensor, "parts batch time time"]:
+    """Which edges (row, column) belong to each of `PARTS`."""
     count, time = batch.input_ids.shape
     parts = torch.zeros(3, count, time, time, dtype=torch.bool)
     for row, (prompt, shift) in enumerate(zip(batch.prompts, batch.shifts, strict=True)):

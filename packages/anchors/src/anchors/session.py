@@ -79,7 +79,7 @@ class Session:
 
     def told(
         self, name: str, tables: Tables, choice: dict[str, Any],
-        save: Callable[[Path], None] | None = None,
+        save: Callable[[Path], None] | None = None, page: str = "report.html",
     ) -> Outcome:  # fmt: skip
         """The outcome; with --out also its folder: tables, report, and what else is to be saved.
 
@@ -88,10 +88,11 @@ class Session:
             tables: what is shown.
             choice: the command's own options.
             save: writes more into the folder.
+            page: what to open in it.
         """
         out = self.options.out
         if out is None:
-            return Outcome(tables)
+            return Outcome(tables, note="" if page == "report.html" else f"--out writes {page}")
         about = {"command": name, "model": self.source} | choice
         given = options_of(self.options, self.runtime, about)
         with RunDir.open(out, given, self.options.overwrite) as run:
@@ -99,8 +100,8 @@ class Session:
                 save(out)
             result = {"about": about | {"data": self.options.data}, "tables": tables}
             run.write_json("result.json", result)
-            page = result_report([result]).save(out)
-        return Outcome(tables, note=f"Report: {page}")
+            result_report([result]).save(out)
+        return Outcome(tables, note=f"To read: {out / page}")
 
     def write_predictions(self, file: Path, found: Predictions) -> None:
         """One line for each text: its label, the prediction and the probability of each label word."""
