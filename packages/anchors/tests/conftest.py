@@ -1,3 +1,6 @@
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from anchors.cli import app
@@ -75,6 +78,19 @@ def rows(tmp_path_factory):
     lines = ["label\ttext", *(f"{number % 3}\ta film number {number}" for number in range(18))]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def planted():
+    """The module `planted` beside this file: a model whose flows are known."""
+    spec = importlib.util.spec_from_file_location(
+        "anchors_planted", Path(__file__).with_name("planted.py")
+    )
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def run_seed(world: World, count: int, seed: int, run: RunDir, runtime: Runtime)
     for classes in (2, 3):
         numbers[f"accuracy {classes}"] = _accuracy(model, world, count, classes, seed)
     prompts, labels = world_prompts(world, make_tokenizer(world), count, 3, seed)
-    tables = _analyse(model, prompts, labels, seed, numbers)
+    tables = analyse(model, prompts, labels, seed, numbers)
     return Found(numbers, tables)
 
 
@@ -162,10 +162,11 @@ def world_prompts(
     return prompts, [one.label for one in drawn]
 
 
-def _analyse(
+def analyse(
     model: "PreTrainedModel", prompts: list[Prompt], labels: list[int], seed: int,
     numbers: dict[str, float],
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """The tables of the three analyses; what the claims need of them is added to `numbers`."""
     half = model.config.num_hidden_layers // 2
     last = model.config.num_hidden_layers - 1
     flow = flow_rows(model, prompts, labels, 50)
