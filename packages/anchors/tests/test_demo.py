@@ -7,9 +7,10 @@ from anchors import demo, world
 from anchors.demo import judge
 
 NUMBERS = {
-    "accuracy 2": 0.95, "accuracy 3": 0.9, "S_wp first": 2e-3, "S_pq first": 1e-3, "S_wp deep": 1e-4,
-    "S_pq deep": 1e-2, "loyalty labels first": 0.4, "loyalty random first": 0.95,
-    "loyalty labels last": 0.99, "AUC": 0.97, "AUC layer": 1.0, "AUC deep": 0.9, "R half": 0.4,
+    "accuracy 2": 0.95, "accuracy 3": 0.9, "S_wp first": 2e-3, "S_pq first": 1e-3, "S_ww first": 1e-5,
+    "S_wp deep": 1e-4, "S_pq deep": 1e-2, "S_ww deep": 1e-5, "loyalty labels first": 0.4,
+    "loyalty random first": 0.95, "loyalty labels last": 0.99, "AUC": 0.97, "AUC layer": 1.0,
+    "AUC deep": 0.9, "R half": 0.4,
 }  # fmt: skip
 
 
@@ -21,7 +22,9 @@ def test_claims_can_pass():
     ("changed", "claim"),
     [
         ({"S_wp first": 1e-4}, "Information gathers"),
+        ({"S_ww first": 3e-3}, "Information gathers"),
         ({"S_pq deep": 1e-5}, "In deep layers"),
+        ({"S_ww deep": 2e-2}, "In deep layers"),
         ({"loyalty random first": 0.7}, "Isolating label words in the first"),
         ({"loyalty labels last": 0.45}, "Isolating them in the last"),
         ({"AUC deep": 0.7}, "The target's attention"),

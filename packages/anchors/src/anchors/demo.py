@@ -21,6 +21,7 @@ from anchors.config import Task
 from anchors.evaluate import label_loyalty, predict
 from anchors.prompts import Prompt, build_prompt
 from anchors.report import block_figure, flow_figure, read_figure
+from anchors.saliency import PARTS
 from anchors.world import TASKS, WORLDS, World, episodes, make_tokenizer, train
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def analyse(
         numbers[f"loyalty {name}"] = float(label_loyalty(before, after).mean())
     # in the last layer S_wp is zero in every model: only the target's row reaches the loss
     for place, name in ((0, "first"), (last - 1, "deep")):
-        numbers[f"S_wp {name}"], numbers[f"S_pq {name}"] = flow[place]["S_wp"], flow[place]["S_pq"]
+        numbers |= {f"{part} {name}": flow[place][part] for part in PARTS}
     aucs = [row["AUC"] for row in reading[1]]
     numbers["AUC"], numbers["AUC layer"] = max(aucs), float(np.argmax(aucs))
     numbers["AUC deep"] = max(aucs[half:])
@@ -211,15 +212,17 @@ def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) ->
         ),
         Claim(
             "Information gathers in label words in shallow layers",
-            f"layer 0: S_wp {mean['S_wp first']:.3g}, S_pq {mean['S_pq first']:.3g}",
-            "S_wp above S_pq in the first layer",
-            mean["S_wp first"] > mean["S_pq first"],
+            f"layer 0: S_wp {mean['S_wp first']:.3g}, S_pq {mean['S_pq first']:.3g}, "
+            f"S_ww {mean['S_ww first']:.3g}",
+            "S_wp above S_pq and S_ww in the first layer",
+            mean["S_wp first"] > max(mean["S_pq first"], mean["S_ww first"]),
         ),
         Claim(
             "In deep layers the prediction is read from label words",
-            f"last layer but one: S_pq {mean['S_pq deep']:.3g}, S_wp {mean['S_wp deep']:.3g}",
-            "S_pq above S_wp there; in the last layer S_wp is zero by construction",
-            mean["S_pq deep"] > mean["S_wp deep"],
+            f"last layer but one: S_pq {mean['S_pq deep']:.3g}, S_wp {mean['S_wp deep']:.3g}, "
+            f"S_ww {mean['S_ww deep']:.3g}",
+            "S_pq above S_wp and S_ww there; in the last layer S_wp is zero by construction",
+            mean["S_pq deep"] > max(mean["S_wp deep"], mean["S_ww deep"]),
         ),
         Claim(
             "Isolating label words in the first half of the layers hurts most",
