@@ -13,6 +13,8 @@ from anchors.diagnose import (
     pair_areas,
     queries_and_keys,
     rank_correlation,
+    reading_weights,
+    weighted_distances,
 )  # fmt: skip
 from anchors.evaluate import Predictions, label_loyalty, predict
 from anchors.prompts import build_prompt
@@ -68,7 +70,7 @@ def test_positions(family, prompts):
     assert original.start == prompt.query
     assert compact.start == len(compact) == len(original)
     assert all(torch.equal(a, b) for a, b in zip(original.keys, compact.keys, strict=True))
-    one, other = (predict(model, prompts, cache=cache).scores for cache in (original, compact))
+    one, other = (predict(model, prompts, cache=one).scores for one in (original, compact))
     assert not np.allclose(one, other, atol=1e-3)
 
 
@@ -174,6 +176,21 @@ def test_queries_and_keys_make_the_models_attention(family, prompts):
         assert np.allclose(softmax(scores, -1), weights / weights.sum(-1, keepdims=True), atol=1e-4)
 
 
+def test_heads_count_by_what_they_tell():
+    """Head 0 of layer 0 tells the prediction, the others nothing or the contrary."""
+    predicted = np.array([0, 0, 1, 1])
+    attention = np.full((4, 2, 2, 2), 0.5)
+    attention[:, 0, 0] = np.eye(2)[predicted]
+    attention[:, 1, 1] = 1 - np.eye(2)[predicted]
+    weights = reading_weights(attention, predicted)
+    assert weights.tolist() == [[0.5, 0], [0, 0]]
+    assert (reading_weights(attention, np.zeros(4, int)) == 1).all()
+    draw = np.random.default_rng(0)
+    queries, keys = draw.normal(size=(9, 2, 2, 4)), draw.normal(size=(2, 2, 3, 4))
+    found = weighted_distances(queries, keys, weights)
+    assert np.allclose(found, key_distances(queries[:, 0, :1], keys[0, :1]))
+
+
 def test_rank_correlation():
     one = np.array([[0, 0.1, 0.5], [0.1, 0, 1.0], [0.5, 1.0, 0]])
     assert rank_correlation(one, one) == 1
@@ -191,7 +208,7 @@ def test_diagnosis(family, prompts):
     tables = diagnose_tables(found, (" good", " bad", " middling"))
     pairs, ranks = tables.values()
     assert {row["pair"] for row in pairs} == {"good, bad", "good, middling", "bad, middling"}
-    assert [row["layers"] for row in ranks] == ["deeper half, mean", "0", "1", "2"]
+    assert [row["layers"] for row in ranks] == ["all, weighted by reading", "0", "1", "2"]
     with pytest.raises(ConfigError, match="no text of class 2"):
         diagnose(model, prompts[:2], [0, 1])
     with pytest.raises(ConfigError, match="--variance"):

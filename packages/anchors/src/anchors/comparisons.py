@@ -137,7 +137,7 @@ def diagnose_tables(found: Confusion, names: Sequence[str]) -> dict[str, Rows]:
             for near, area, one, two in sorted(pairs)
         ],
         "Rank correlation (Spearman)": [
-            {"layers": "deeper half, mean", "correlation": found.spearman,
+            {"layers": "all, weighted by reading", "correlation": found.spearman,
              "interval": f"{low:.3g} to {high:.3g}", "pairs": len(pairs)},
             *({"layers": str(layer), "correlation": float(value), "pairs": len(pairs)}
               for layer, value in enumerate(found.by_layer)),

@@ -22,6 +22,7 @@ from anchors.attention import Edit, frozen, instrument
 from anchors.cache import beginning
 from anchors.evaluate import Predictions, predict
 from anchors.prompts import Prompt, batches
+from anchors.reading import reading, target_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +34,8 @@ class Confusion:
 
     Attributes:
         predicted: distance of the anchors' keys over the greatest, mean over heads: [layers, C, C].
-        overall: the mean of the deeper half of the layers, where the paper says that anchors are read.
+        overall: the mean over all layers and heads, each weighted by how far above .5 the area is by
+            which its attention on label words tells the prediction: where anchors are read.
         real: area under the curve that tells two classes apart by the model's probabilities: [C, C].
         spearman: rank correlation of `overall` and `real` over pairs of classes.
         interval: 95 % bootstrap interval of it over prompts.
@@ -78,22 +80,22 @@ def diagnose(
     beginning(prompts)
     queries, keys = queries_and_keys(model, prompts, classes, batch_size)
     predictions = predict(model, prompts, batch_size)
+    attention = target_attention(model, prompts, classes, batch_size)
+    weights = reading_weights(attention, predictions.classes)
     predicted = np.stack(
         [key_distances(queries[:, n], keys[n], variance) for n in range(len(keys))]
     )
     real = pair_areas(predictions, right, classes)
-    overall = _deeper(predicted)
+    overall = weighted_distances(queries, keys, weights, variance)
     draw, again = np.random.default_rng(seed), []
     for _ in range(resamples):
         chosen = draw.integers(0, len(right), len(right))
         if len({*right[chosen].tolist()}) < classes:
             continue
-        one = np.stack(
-            [key_distances(queries[chosen, n], keys[n], variance) for n in _half(len(keys))]
-        )
+        one = weighted_distances(queries[chosen], keys, weights, variance)
         some = Predictions(predictions.scores[chosen], predictions.top[chosen])
         areas = pair_areas(some, right[chosen], classes)
-        again.append(rank_correlation(one.mean(0), areas))
+        again.append(rank_correlation(one, areas))
     low, high = np.nanpercentile(again, [2.5, 97.5]) if again else (np.nan, np.nan)
     return Confusion(
         predicted, overall, real, rank_correlation(overall, real), (float(low), float(high)),
@@ -155,6 +157,38 @@ def key_distances(
         keys: of each class's label words.
         variance: share of the queries' variance that the directions kept must have.
     """
+    return _over_greatest(_head_distances(queries, keys, variance).mean(0))
+
+
+def weighted_distances(
+    queries: Float[np.ndarray, "prompts layers heads width"],
+    keys: Float[np.ndarray, "layers heads classes width"],
+    weights: Float[np.ndarray, "layers heads"],
+    variance: float = 0.9,
+) -> Float[np.ndarray, "classes classes"]:
+    """The same over all layers, each head with its weight."""
+    layers = [_head_distances(queries[:, n], keys[n], variance) for n in range(len(keys))]
+    return _over_greatest(np.einsum("lhij,lh->ij", np.stack(layers), weights))
+
+
+def reading_weights(
+    attention: Float[np.ndarray, "prompts layers heads classes"],
+    predicted: Int[np.ndarray, " prompts"],
+) -> Float[np.ndarray, "layers heads"]:
+    """How far above .5 the area is by which a head's attention on label words tells the prediction.
+
+    Where no head tells it, all count alike.
+    """
+    heads = [reading(attention[:, :, h], predicted)[0] for h in range(attention.shape[2])]
+    above = np.nan_to_num(np.stack(heads, 1) - 0.5).clip(min=0)
+    return above if above.any() else np.ones_like(above)
+
+
+def _head_distances(
+    queries: Float[np.ndarray, "prompts heads width"],
+    keys: Float[np.ndarray, "heads classes width"],
+    variance: float,
+) -> Float[np.ndarray, "heads classes classes"]:
     centred = queries - queries.mean(0)
     sizes, directions = np.linalg.eigh(np.einsum("phv,phw->hvw", centred, centred))
     sizes, directions = sizes[:, ::-1].clip(min=0), directions[:, :, ::-1]
@@ -162,8 +196,13 @@ def key_distances(
     inside = (keys - keys.mean(1, keepdims=True)) @ directions
     inside = inside * (before < variance - 1e-9)[:, None]
     apart = np.linalg.norm(inside[:, :, None] - inside[:, None], axis=-1)
-    mean = (apart / apart.max((1, 2), keepdims=True).clip(min=1e-30)).mean(0)
-    return mean / max(float(mean.max()), 1e-30)
+    return apart / apart.max((1, 2), keepdims=True).clip(min=1e-30)
+
+
+def _over_greatest(
+    distances: Float[np.ndarray, "classes classes"],
+) -> Float[np.ndarray, "classes classes"]:
+    return distances / max(float(distances.max()), 1e-30)
 
 
 def pair_areas(
@@ -190,12 +229,3 @@ def rank_correlation(
         return float("nan")
     found: Any = spearmanr(predicted[pairs], real[pairs])
     return float(found.statistic)
-
-
-def _half(layers: int) -> range:
-    return range(layers // 2, layers)
-
-
-def _deeper(predicted: Float[np.ndarray, "layers classes classes"]) -> np.ndarray:
-    mean = predicted[_half(len(predicted)).start :].mean(0)
-    return mean / max(float(mean.max()), 1e-30)

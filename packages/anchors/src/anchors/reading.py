@@ -56,7 +56,8 @@ def reading(
 
     Returns:
         AUCROC_l, the mean over the classes that are predicted sometimes and not always (NaN where there
-        is none), and R_l (equation 6), which ends at 1.
+        is none), and R_l (equation 6), which ends at 1 (NaN where the areas do not add up to more than
+        guessing).
     """
     ranks = rankdata(attention, axis=0)
     each = []
@@ -68,4 +69,4 @@ def reading(
             each.append(sums / (many * others))
     auc = np.mean(each, axis=0) if each else np.full(attention.shape[1], np.nan)
     above = np.cumsum(auc - 0.5)
-    return auc, above / above[-1] if above[-1] else np.full_like(above, np.nan)
+    return auc, above / above[-1] if above[-1] > 0 else np.full_like(above, np.nan)
