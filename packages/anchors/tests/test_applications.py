@@ -1,5 +1,7 @@
 """Compression, calibration and error diagnosis against numbers by hand and plain references."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from anchors.compress import best_random, compress, kept_places, random_places
 from anchors.diagnose import (
     diagnose,
     key_distances,
+    look,
     pair_areas,
-    queries_and_keys,
     rank_correlation,
     reading_weights,
     weighted_distances,
@@ -140,7 +142,8 @@ def test_distances_are_those_of_principal_components():
     pca = PCA().fit(queries[:, 0])
     count = int(np.searchsorted(np.cumsum(pca.explained_variance_ratio_), 0.9)) + 1
     assert count == 2
-    inside = keys[0] @ pca.components_[:count].T
+    components: Any = pca.components_
+    inside = keys[0] @ components[:count].T
     apart = np.linalg.norm(inside[:, None] - inside[None], axis=-1)
     assert np.allclose(key_distances(queries, keys, 0.9), apart / apart.max())
     everything = np.linalg.norm(keys[0][:, None] - keys[0][None], axis=-1)
@@ -163,7 +166,7 @@ def test_queries_and_keys_make_the_models_attention(family, prompts):
     """Their products over all keys are the scores that the softmax is taken of."""
     model = family("llama")
     model.set_attn_implementation("eager")
-    queries, keys = queries_and_keys(model, prompts, 3, 2)
+    queries, keys, attention = look(model, prompts, 3, 2)
     assert queries.shape == (5, 3, 4, 8)
     assert keys.shape == (3, 4, 3, 8)
     prompt = prompts[0]
@@ -174,6 +177,7 @@ def test_queries_and_keys_make_the_models_attention(family, prompts):
         scores = np.einsum("hw,hcw->hc", queries[0, layer], keys[layer]) / 8**0.5
         weights = own[layer][0, :, -1, places].numpy()
         assert np.allclose(softmax(scores, -1), weights / weights.sum(-1, keepdims=True), atol=1e-4)
+        assert np.allclose(attention[0, layer], weights, atol=1e-6)
 
 
 def test_heads_count_by_what_they_tell():

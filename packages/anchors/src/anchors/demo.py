@@ -17,18 +17,21 @@ from octavo.runtime import Runtime
 
 from anchors.analyses import block_rows, flow_rows, isolate, read_tables
 from anchors.blocking import What
-from anchors.config import Task
 from anchors.evaluate import label_loyalty, predict
-from anchors.prompts import Prompt, build_prompt
-from anchors.report import block_figure, flow_figure, read_figure
+from anchors.prompts import Prompt
+from anchors.report import block_figure, compress_figure, flow_figure, read_figure
 from anchors.saliency import PARTS
-from anchors.world import TASKS, WORLDS, World, episodes, make_tokenizer, train
+from anchors.trials import compression, confusion, prompt_of, reweighting
+from anchors.world import WORLDS, World, episodes, make_tokenizer, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Prompts that everything is measured on.
 PROMPTS = {"quick": 200, "full": 400}
+
+#: Sets of demonstrations of the applications' trials.
+SETS = {"quick": 20, "full": 40}
 
 #: What the second model is called among the numbers.
 ALONE = "accuracy 3 without the topic loss"
@@ -46,12 +49,20 @@ class Margins:
         isolation: how many times the label loyalty that random isolation costs.
         last: label loyalty that isolation must leave more in the last layer than in the first ones.
         auc: of the best layer.
+        loyalty: label loyalty that hidden anchors must have above text anchors and random ones.
+        recovered: share of what an imposed label bias cost that re-weighting must give back.
+        bias: accuracy that the bias must cost, or there is nothing to give back.
+        spearman: rank correlation of predicted and real confusion.
     """
 
     gate: float = 0.8
     isolation: float = 3.0
     last: float = 0.1
     auc: float = 0.75
+    loyalty: float = 0.1
+    recovered: float = 0.5
+    bias: float = 0.05
+    spearman: float = 0.5
 
 
 def run_demo(
@@ -78,7 +89,7 @@ def run_demo(
         found = []
         for seed in seeds:
             here = replace(runtime, seed=seed)
-            one = run_seed(world, PROMPTS[profile], seed, run, here)
+            one = run_seed(world, PROMPTS[profile], SETS[profile], seed, run, here)
             if WITHOUT[profile]:
                 bare = _model(replace(world, topic_loss=0.0), run, "model-without", here)
                 one.numbers[ALONE] = _accuracy(bare, world, PROMPTS[profile], 3, seed)
@@ -102,10 +113,8 @@ def run_demo(
             report.heading(f"Seed {seed}, three classes")
             for caption, rows in one.tables.items():
                 report.table(caption, rows)
-            flow, block, read = one.tables.values()
-            report.figure(f"Saliency by layer, seed {seed}", flow_figure(flow))
-            report.figure(f"Loyalty under isolation, seed {seed}", block_figure(block))
-            report.figure(f"AUC and R by layer, seed {seed}", read_figure(read))
+            for draw, table in FIGURES:
+                report.figure(f"{table}, seed {seed}", draw(one.tables[table]))
         page = report.save(out)
         save_claims(claims, seconds, out)
     failed = [claim.claim for claim in claims if claim.passed is False]
@@ -119,19 +128,26 @@ def run_demo(
 
 @dataclass(frozen=True)
 class Found:
-    """What one seed gave: the numbers claims are about, and the tables of flow, blocking and reading."""
+    """What one seed gave: the numbers that claims are about, and the tables."""
 
     numbers: dict[str, float]
     tables: dict[str, list[dict[str, Any]]]
 
 
-def run_seed(world: World, count: int, seed: int, run: RunDir, runtime: Runtime) -> Found:
-    """Train a model, or take the one a stopped run has saved, and analyse it."""
-    model, numbers = _model(world, run, "model", runtime), {}
-    for classes in (2, 3):
-        numbers[f"accuracy {classes}"] = _accuracy(model, world, count, classes, seed)
-    prompts, labels = world_prompts(world, make_tokenizer(world), count, 3, seed)
+def run_seed(
+    world: World, count: int, sets: int, seed: int, run: RunDir, runtime: Runtime
+) -> Found:
+    """Train a model, or take the one a stopped run has saved, analyse and apply it."""
+    model, tokenizer = _model(world, run, "model", runtime), make_tokenizer(world)
+    numbers = {f"accuracy {n}": _accuracy(model, world, count, n, seed) for n in (2, 3)}
+    prompts, labels = world_prompts(world, tokenizer, count, 3, seed)
     tables = analyse(model, prompts, labels, seed, numbers)
+    for name, trial, many in (
+        ("Compression", compression, sets), ("Re-weighting", reweighting, count),
+        ("Confusion", confusion, sets),
+    ):  # fmt: skip
+        more, tables[name] = trial(world, model, tokenizer, many, seed)
+        numbers |= more
     return Found(numbers, tables)
 
 
@@ -156,11 +172,7 @@ def world_prompts(
 ) -> tuple[list[Prompt], list[int]]:
     """Prompts with one demonstration a class whose mapping no training episode had."""
     drawn = episodes(world, count, classes, 1, seed)
-    prompts = [
-        build_prompt(Task(TASKS[one.task][0], one.words), tokenizer, one.demonstrations, one.text)
-        for one in drawn
-    ]
-    return prompts, [one.label for one in drawn]
+    return [prompt_of(tokenizer, one) for one in drawn], [one.label for one in drawn]
 
 
 def analyse(
@@ -172,7 +184,7 @@ def analyse(
     last = model.config.num_hidden_layers - 1
     flow = flow_rows(model, prompts, labels, 50)
     block = block_rows(model, prompts, labels, half, seed, 50)
-    (reading, *_) = read_tables(model, prompts, labels, 50).items()
+    (reading, *_) = read_tables(model, prompts, labels, 50).values()
     before = predict(model, prompts, 50)
     cuts: tuple[tuple[str, What, Sequence[int]], ...] = (
         ("labels first", "labels", range(half)),
@@ -185,11 +197,11 @@ def analyse(
     # in the last layer S_wp is zero in every model: only the target's row reaches the loss
     for place, name in ((0, "first"), (last - 1, "deep")):
         numbers |= {f"{part} {name}": flow[place][part] for part in PARTS}
-    aucs = [row["AUC"] for row in reading[1]]
+    aucs = [row["AUC"] for row in reading]
     numbers["AUC"], numbers["AUC layer"] = max(aucs), float(np.argmax(aucs))
     numbers["AUC deep"] = max(aucs[half:])
-    numbers["R half"] = reading[1][half - 1]["R"]
-    return {"Saliency": flow, "Isolation": block, reading[0]: reading[1]}
+    numbers["R half"] = reading[half - 1]["R"]
+    return {"Saliency": flow, "Isolation": block, "Reading": reading}
 
 
 def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) -> list[Claim]:
@@ -250,11 +262,52 @@ def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) ->
             mean["R half"] < 0.5,
         ),
     ]
+    claims += _applied(mean, margins)
     if gate:
         return claims
     why = "the model does not learn in context, so that its flows mean nothing"
     return [claims[0], *(replace(one, criterion=why, passed=None) for one in claims[1:])]
 
+
+def _applied(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
+    """The claims about compression, re-weighting and confusion."""
+    hidden, best = mean["loyalty hidden anchors"], "hidden random, best of 20 on other texts"
+    rivals = {name: mean[f"loyalty {name}"] for name in ("text anchors", "hidden random", best)}
+    lost = mean["accuracy unbiased"] - mean["accuracy biased"]
+    won = mean["accuracy re-weighted"] - mean["accuracy biased"]
+    bias = "an imposed label bias"
+    return [
+        Claim(
+            "Label words and format stand for the demonstrations",
+            f"label loyalty {hidden:.3f} of hidden anchors; "
+            + ", ".join(f"{name} {value:.3f}" for name, value in rivals.items()),
+            f"{margins.loyalty:g} or more above each of the others",
+            hidden >= max(rivals.values()) + margins.loyalty,
+        ),
+        Claim(
+            f"Re-weighting gives back what {bias} cost",
+            f"accuracy {mean['accuracy unbiased']:.3f} without, {mean['accuracy biased']:.3f} with "
+            f"the bias, {mean['accuracy re-weighted']:.3f} re-weighted",
+            f"{margins.recovered:g} of the loss or more"
+            if lost >= margins.bias
+            else f"the bias cost less than {margins.bias:g}: there is nothing to give back",
+            won >= margins.recovered * lost if lost >= margins.bias else None,
+        ),
+        Claim(
+            "Distances of anchors tell which classes are confused",
+            f"Spearman {mean['spearman']:.3f}; siblings at {mean['siblings']:.3f} of the greatest "
+            f"distance, others at {mean['no siblings']:.3f}",
+            f"above {margins.spearman:g}, and sibling topics nearest",
+            mean["spearman"] > margins.spearman and mean["siblings"] < mean["no siblings"],
+        ),
+    ]
+
+
+#: What is drawn of each seed.
+FIGURES = (
+    (flow_figure, "Saliency"), (block_figure, "Isolation"), (read_figure, "Reading"),
+    (compress_figure, "Compression"),
+)  # fmt: skip
 
 #: How the model came to be, which the claims must be read with.
 ABOUT = (

@@ -19,10 +19,10 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from anchors.attention import Edit, frozen, instrument
-from anchors.cache import beginning
+from anchors.cache import beginning, prefill
 from anchors.evaluate import Predictions, predict
 from anchors.prompts import Prompt, batches
-from anchors.reading import reading, target_attention
+from anchors.reading import label_places, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def diagnose(
         labels: the right class of each.
         variance: share of the queries' variance that the principal directions kept must have.
         batch_size: prompts in one pass.
-        resamples: bootstrap draws of the interval.
+        resamples: bootstrap draws of the interval; 0 for none.
         seed: of the draws.
 
     Raises:
@@ -77,10 +77,9 @@ def diagnose(
     right = np.asarray(labels)
     if missing := sorted({*range(classes)} - {*right.tolist()}):
         raise ConfigError(f"no text of class {missing[0]} was drawn; use more --samples")
-    beginning(prompts)
-    queries, keys = queries_and_keys(model, prompts, classes, batch_size)
-    predictions = predict(model, prompts, batch_size)
-    attention = target_attention(model, prompts, classes, batch_size)
+    queries, keys, attention = look(model, prompts, classes, batch_size)
+    cache = prefill(model, beginning(prompts))
+    predictions = predict(model, prompts, batch_size, cache=cache)
     weights = reading_weights(attention, predictions.classes)
     predicted = np.stack(
         [key_distances(queries[:, n], keys[n], variance) for n in range(len(keys))]
@@ -103,22 +102,32 @@ def diagnose(
     )  # fmt: skip
 
 
-def queries_and_keys(
+def look(
     model: "PreTrainedModel", prompts: Sequence[Prompt], classes: int, batch_size: int = 8
 ) -> tuple[
     Float[np.ndarray, "prompts layers heads width"],
     Float[np.ndarray, "layers heads classes width"],
+    Float[np.ndarray, "prompts layers heads classes"],
 ]:
-    """Queries of the targets, and keys of each class's label words, as attention compares them.
+    """Queries of the targets, keys of each class's label words, and the attention between them.
 
     Keys are those of the first prompt, whose demonstrations all share, averaged over a class's tokens;
     with rotary positions both are taken after the rotation.
     """
-    found: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     keys: dict[int, Tensor] = {}
     for numbers, batch in progress(batches(prompts, batch_size, device=model.device), "queries"):
         rows = torch.arange(len(numbers), device=model.device)
         layers: dict[int, Tensor] = {}
+        read: dict[int, Tensor] = {}
+
+        def weigh(
+            layer: int, weights: Tensor, value: Tensor, output: Tensor,
+            rows=rows, read=read, picks=label_places(batch, classes), targets=batch.targets,
+        ) -> Tensor:  # fmt: skip
+            here = weights[rows, :, targets].float()
+            read[layer] = torch.einsum("bht,btc->bhc", here, picks).cpu()
+            return output
 
         def watch(
             layer: int, query: Tensor, key: Tensor, rows=rows, batch=batch, layers=layers
@@ -137,12 +146,16 @@ def queries_and_keys(
                 mean = torch.stack(sums, 1)
                 keys[layer] = mean.repeat_interleave(query.shape[1] // mean.shape[0], 0).cpu()
 
-        with frozen(model), torch.no_grad(), instrument(model, Edit(states=watch)):
+        with frozen(model), torch.no_grad(), instrument(model, Edit(states=watch, after=weigh)):
             model(**batch.inputs(), use_cache=False)
-        here = torch.stack([layers[layer] for layer in sorted(layers)], 1)
-        found |= dict(zip(numbers, here, strict=True))
-    queries = torch.stack([found[number] for number in range(len(prompts))])
-    return queries.numpy(), torch.stack([keys[layer] for layer in sorted(keys)]).numpy()
+        order = sorted(layers)
+        both = (torch.stack([part[layer] for layer in order], 1) for part in (layers, read))
+        found |= dict(zip(numbers, zip(*both, strict=True), strict=True))
+    queries, attention = (
+        torch.stack([found[number][part] for number in range(len(prompts))]) for part in (0, 1)
+    )
+    stacked = torch.stack([keys[layer] for layer in sorted(keys)])
+    return queries.numpy(), stacked.numpy(), attention.numpy()
 
 
 def key_distances(

@@ -43,11 +43,16 @@ class Predictions:
         return float((self.classes == np.asarray(labels)).mean())
 
 
+def alone(batch: Batch) -> AbstractContextManager[None]:
+    """No intervention."""
+    return nullcontext()
+
+
 def predict(
     model: "PreTrainedModel",
     prompts: Sequence[Prompt],
     batch_size: int = 8,
-    around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
+    around: Callable[[Batch], AbstractContextManager[None]] = alone,
     cache: PromptCache | None = None,
 ) -> Predictions:
     """Predict the class of every prompt.

@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from anchors.attention import Edit, frozen, instrument
-from anchors.prompts import Prompt, batches
+from anchors.prompts import Batch, Prompt, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,11 +23,7 @@ def target_attention(
     """Attention of the target on each class's label words, summed over tokens and demonstrations."""
     found: dict[int, np.ndarray] = {}
     for numbers, batch in progress(batches(prompts, batch_size, device=model.device), "reading"):
-        picks = torch.zeros(len(numbers), batch.input_ids.shape[1], classes, device=model.device)
-        for row, (prompt, shift) in enumerate(zip(batch.prompts, batch.shifts, strict=True)):
-            for kind, places in zip(prompt.classes, prompt.labels, strict=True):
-                for place in places:
-                    picks[row, place + shift, kind] = 1.0
+        picks = label_places(batch, classes)
         rows = torch.arange(len(numbers), device=model.device)
         layers: dict[int, Tensor] = {}
 
@@ -43,6 +39,16 @@ def target_attention(
         values = torch.stack([layers[layer] for layer in sorted(layers)], 1).cpu().numpy()
         found |= dict(zip(numbers, values, strict=True))
     return np.stack([found[number] for number in range(len(prompts))])
+
+
+def label_places(batch: Batch, classes: int) -> Float[Tensor, "batch time classes"]:
+    """1 where a token is of a class's label word."""
+    picks = torch.zeros(*batch.input_ids.shape, classes, device=batch.input_ids.device)
+    for row, (prompt, shift) in enumerate(zip(batch.prompts, batch.shifts, strict=True)):
+        for kind, places in zip(prompt.classes, prompt.labels, strict=True):
+            for place in places:
+                picks[row, place + shift, kind] = 1.0
+    return picks
 
 
 def reading(

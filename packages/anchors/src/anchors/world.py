@@ -12,7 +12,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class World:
 
     steps: int = 1400
     batch: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     word_loss: float = 0.2
     """Weight of predicting every other token."""
 
@@ -194,6 +194,44 @@ def _episode(
         tuple(topics),
         tuple(words),
     )
+
+
+def asked(world: World, episode: Episode, count: int, draw: random.Random) -> list[Episode]:
+    """An episode with other texts to label: every class as often as any, in turn."""
+    kinds = [number % len(episode.topics) for number in range(count)]
+    return [
+        replace(episode, text=_text(world, draw, episode.topics[kind]), label=kind)
+        for kind in kinds
+    ]
+
+
+def tempted(
+    world: World, found: Sequence[Episode], seed: int, times: int = 4, own: int = 2, others: int = 1
+) -> list[Episode]:
+    """Episodes in which class 0 is shown several times, each by a text with words of every class.
+
+    Args:
+        world: the sizes.
+        found: episodes with one demonstration a class.
+        seed: of the words and the order.
+        times: how often it is shown.
+        own: words of class 0 in each of them.
+        others: words of each other class.
+    """
+    draw = random.Random(f"tempted/{seed}")
+    changed = []
+    for episode in found:
+        shown = [one for one in episode.demonstrations if one[1]]
+        for _ in range(times):
+            words = []
+            for topic in episode.topics:
+                many = own if topic == episode.topics[0] else others
+                words += draw.sample(topic_words(world, topic), many)
+            draw.shuffle(words)
+            shown.append((" ".join(words), 0))
+        draw.shuffle(shown)
+        changed.append(replace(episode, demonstrations=tuple(shown)))
+    return changed
 
 
 def _text(world: World, draw: random.Random, topic: int) -> str:
