@@ -25,3 +25,12 @@ def test_a_demo_is_collected(benchmark_file, tmp_path):
     found = benchmark_file("bench_demo").collect(tmp_path)
     assert found["command"] == "anchors demo --profile full --seeds 3,4"
     assert found["numbers"] == [{"seed": 3, "AUC": 3}, {"seed": 4, "AUC": 4}]
+
+
+def test_compressed_prompts_are_measured_on_equal_answers(benchmark_file):
+    found = benchmark_file("bench_compress").measure(2, 32, 30, 3, 1)
+    assert [row["what"] for row in found["ratios"]] == [
+        "whole prompt / hidden anchors", "whole prompt, cached / hidden anchors",
+        "re-weighted / eager",
+    ]  # fmt: skip
+    assert all(row["ratio"] > 0 for row in found["ratios"])

@@ -29,6 +29,14 @@ HURT = "Isolating label words in the first half of the layers hurts most"
 LAST = "Isolating them in the last layer hurts less"
 TELL = "The target's attention on label words tells the prediction"
 LATE = "Reading happens late: R rises in the deeper half"
+
+#: What the trials of the applications would give; none of the claims here is about them.
+APPLIED = {
+    "loyalty hidden anchors": 1.0, "loyalty text anchors": 0.4, "loyalty hidden random": 0.4,
+    "loyalty hidden random, best of 20 on other texts": 0.4, "accuracy unbiased": 0.9,
+    "accuracy biased": 0.7, "accuracy re-weighted": 0.9, "spearman": 0.9, "siblings": 0.7,
+    "no siblings": 0.9,
+}  # fmt: skip
 FLOWS = {GATHER, READ, HURT, LAST, TELL, LATE}
 
 
@@ -43,7 +51,7 @@ def failed(planted, monkeypatch):
         model = model or planted.make_model(4, 0, 2)
         pairs, labels_of_pairs = planted.make_prompts(50, 2)
         prompts, labels = planted.make_prompts(50, 3)
-        numbers = {
+        numbers = APPLIED | {
             "accuracy 2": predict(model, pairs, 50).accuracy(labels_of_pairs),
             "accuracy 3": predict(model, prompts, 50).accuracy(labels),
         }

@@ -1,11 +1,18 @@
 from .attention import Edit as Edit
 from .attention import instrument as instrument
 from .blocking import block as block
+from .blocking import edges_before as edges_before
+from .cache import PromptCache as PromptCache
+from .cache import prefill as prefill
+from .calibrate import calibrated as calibrated
+from .compress import compress as compress
 from .config import TASKS as TASKS
 from .config import Task as Task
 from .data import Example as Example
 from .data import build_prompts as build_prompts
 from .data import load_examples as load_examples
+from .diagnose import Confusion as Confusion
+from .diagnose import diagnose as diagnose
 from .evaluate import Predictions as Predictions
 from .evaluate import label_loyalty as label_loyalty
 from .evaluate import predict as predict
@@ -15,6 +22,8 @@ from .prompts import Prompt as Prompt
 from .prompts import build_prompt as build_prompt
 from .prompts import collate as collate
 from .reading import reading as reading
+from .reading import target_attention as target_attention
+from .reweight import Reweighter as Reweighter
 from .saliency import saliency as saliency
 from .saliency import saliency_matrices as saliency_matrices
 from .view import flow_page as flow_page
