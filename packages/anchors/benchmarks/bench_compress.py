@@ -2,9 +2,9 @@
 
 python packages/anchors/benchmarks/bench_compress.py
 
-GPT-2's small shape with random weights (12 layers, width 768), 8 prompts of 200 tokens of which 66 follow
-the demonstrations, one thread; medians of interleaved runs. The bound is the ratio of tokens run. The
-strongest rival keeps the whole demonstrations' cache.
+GPT-2's small shape with random weights (12 layers, width 768), 8 prompts of 200 tokens, 66 of which
+follow the demonstrations, one thread; medians of interleaved runs. The bound is the ratio of tokens
+run. The strongest rival keeps the whole demonstrations' cache.
 """
 
 from functools import partial

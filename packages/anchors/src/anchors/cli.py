@@ -306,6 +306,8 @@ def report(runs: list[Path], *, out: Path, overwrite: bool = False) -> Outcome:
 def demo(
     profile: Literal["quick", "full"] = "quick",
     *,
+    data: Path | None = None,
+    model: str | None = None,
     seeds: Seeds = (0,),
     out: Path = Path("anchors-demo"),
     overwrite: bool = False,
@@ -315,11 +317,18 @@ def demo(
 
     Args:
         profile: quick (about a minute) or full (longer training, more prompts).
+        data: Folder of real sets to analyse instead, with files like sst2_train.tsv and sst2_test.tsv.
+        model: Folder or hub id of the model to analyse on them; by default a small stand-in.
         seeds: Seeds to repeat it with; claims are judged on their means, like 3,4,5.
         out: Folder of the report.
         overwrite: Start anew where a demo already lies.
     """
     from anchors.demo import run_demo
+    from anchors.real import run_real
 
+    if model and not data:
+        raise ConfigError("--model: give the --data that it is to be analysed on")
     runtime.start()
+    if data:
+        return run_real(data, model, profile, seeds, out, overwrite, runtime)
     return run_demo(profile, seeds, out, overwrite, runtime)

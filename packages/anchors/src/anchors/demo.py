@@ -177,22 +177,22 @@ def world_prompts(
 
 def analyse(
     model: "PreTrainedModel", prompts: list[Prompt], labels: list[int], seed: int,
-    numbers: dict[str, float],
+    numbers: dict[str, float], batch_size: int = 50,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """The tables of the three analyses; what the claims need of them is added to `numbers`."""
     half = model.config.num_hidden_layers // 2
     last = model.config.num_hidden_layers - 1
-    flow = flow_rows(model, prompts, labels, 50)
-    block = block_rows(model, prompts, labels, half, seed, 50)
-    (reading, *_) = read_tables(model, prompts, labels, 50).values()
-    before = predict(model, prompts, 50)
+    flow = flow_rows(model, prompts, labels, batch_size)
+    block = block_rows(model, prompts, labels, half, seed, batch_size)
+    (reading, *_) = read_tables(model, prompts, labels, batch_size).values()
+    before = predict(model, prompts, batch_size)
     cuts: tuple[tuple[str, What, Sequence[int]], ...] = (
         ("labels first", "labels", range(half)),
         ("random first", "random", range(half)),
         ("labels last", "labels", [last]),
     )
     for name, what, layers in cuts:
-        after = isolate(model, prompts, what, layers, seed, 50)
+        after = isolate(model, prompts, what, layers, seed, batch_size)
         numbers[f"loyalty {name}"] = float(label_loyalty(before, after).mean())
     # in the last layer S_wp is zero in every model: only the target's row reaches the loss
     for place, name in ((0, "first"), (last - 1, "deep")):
@@ -211,17 +211,35 @@ def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) ->
         found: the numbers of each seed.
         margins: what each claim must reach.
     """
-    mean = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+    mean = means(found)
+    gate = Claim(
+        "The model learns in context",
+        f"accuracy {mean['accuracy 2']:.3f} at two classes, {mean['accuracy 3']:.3f} at three",
+        f"{margins.gate:g} or more at both, on mappings no training episode had",
+        min(mean["accuracy 2"], mean["accuracy 3"]) >= margins.gate,
+    )
+    claims = [*flow_claims(mean, margins), compression_claim(mean, margins)]
+    return behind(gate, claims + application_claims(mean, margins))
+
+
+def means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each number's mean."""
+    return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+
+
+def behind(gate: Claim, claims: Sequence[Claim]) -> list[Claim]:
+    """A gate and the claims behind it, which mean nothing where it is closed."""
+    if gate.passed:
+        return [gate, *claims]
+    why = "the model does not learn in context, so that its flows mean nothing"
+    return [gate, *(replace(one, criterion=why, passed=None) for one in claims)]
+
+
+def flow_claims(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
+    """The claims about where information flows."""
     cost = 1 - mean["loyalty labels first"]
     control = 1 - mean["loyalty random first"]
-    gate = min(mean["accuracy 2"], mean["accuracy 3"]) >= margins.gate
-    claims = [
-        Claim(
-            "The model learns in context",
-            f"accuracy {mean['accuracy 2']:.3f} at two classes, {mean['accuracy 3']:.3f} at three",
-            f"{margins.gate:g} or more at both, on mappings no training episode had",
-            gate,
-        ),
+    return [
         Claim(
             "Information gathers in label words in shallow layers",
             f"layer 0: S_wp {mean['S_wp first']:.3g}, S_pq {mean['S_pq first']:.3g}, "
@@ -262,28 +280,27 @@ def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) ->
             mean["R half"] < 0.5,
         ),
     ]
-    claims += _applied(mean, margins)
-    if gate:
-        return claims
-    why = "the model does not learn in context, so that its flows mean nothing"
-    return [claims[0], *(replace(one, criterion=why, passed=None) for one in claims[1:])]
 
 
-def _applied(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
-    """The claims about compression, re-weighting and confusion."""
+def compression_claim(mean: Mapping[str, float], margins: Margins) -> Claim:
+    """The claim about hidden anchors."""
     hidden, best = mean["loyalty hidden anchors"], "hidden random, best of 20 on other texts"
     rivals = {name: mean[f"loyalty {name}"] for name in ("text anchors", "hidden random", best)}
+    return Claim(
+        "Label words and format stand for the demonstrations",
+        f"label loyalty {hidden:.3f} of hidden anchors; "
+        + ", ".join(f"{name} {value:.3f}" for name, value in rivals.items()),
+        f"{margins.loyalty:g} or more above each of the others",
+        hidden >= max(rivals.values()) + margins.loyalty,
+    )
+
+
+def application_claims(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
+    """The claims about re-weighting and confusion."""
     lost = mean["accuracy unbiased"] - mean["accuracy biased"]
     won = mean["accuracy re-weighted"] - mean["accuracy biased"]
     bias = "an imposed label bias"
     return [
-        Claim(
-            "Label words and format stand for the demonstrations",
-            f"label loyalty {hidden:.3f} of hidden anchors; "
-            + ", ".join(f"{name} {value:.3f}" for name, value in rivals.items()),
-            f"{margins.loyalty:g} or more above each of the others",
-            hidden >= max(rivals.values()) + margins.loyalty,
-        ),
         Claim(
             f"Re-weighting gives back what {bias} cost",
             f"accuracy {mean['accuracy unbiased']:.3f} without, {mean['accuracy biased']:.3f} with "
