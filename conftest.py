@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,16 +37,70 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 skipped_data = pytest.StashKey[set[str]]()
 
+#: Variables by which coverage has a process measured from its start.
+MEASURED = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+for_measured = pytest.StashKey[dict[str, str]]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session, and each of its workers, a cache of its own unless the caller named one."""
     config.stash[skipped_data] = set()
+    config.stash[for_measured] = {}
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # two at once would make the same folders
         os.environ["OCTAVO_CACHE"] = str(Path(os.environ["OCTAVO_CACHE"]) / worker)
+        # a process that a test starts would take seconds longer to import torch
+        config.stash[for_measured] = {
+            name: os.environ.pop(name) for name in MEASURED if name in os.environ
+        }
     if "OCTAVO_CACHE" not in os.environ:
         cache = tempfile.TemporaryDirectory(prefix="octavo-cache-")
         os.environ["OCTAVO_CACHE"] = cache.name
         config.add_cleanup(cache.cleanup)
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Variables for a process whose lines no test runs in this one, to have them counted."""
+    return request.config.stash[for_measured]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Count no lines here: the tracer sees those of every library too, which costs a fifth more time."""
+    trace = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(trace)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test of which quicker tests run the same lines without counting them."""
+    with untraced() if item.get_closest_marker("untraced") else nullcontext():
+        return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_steps_traced() -> Iterator[None]:
+    """Of a training count the lines of its first steps and of a few later ones: they are all alike."""
+    coverage = sys.modules.get("coverage")
+    if coverage is None or coverage.Coverage.current() is None:
+        yield
+        return
+    from transformers import Trainer
+
+    plain = Trainer.training_step
+
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        done = self.state.global_step
+        with nullcontext() if done < 3 or done % 16 == 0 else untraced():
+            return plain(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", step)
+        yield
 
 
 def data_of(test: Path) -> Path | None:

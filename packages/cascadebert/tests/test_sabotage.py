@@ -16,6 +16,8 @@ from octavo.rundir import RunDir
 from octavo.runtime import Runtime
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.untraced
+
 TINY = Profile(
     3_000, 800, 1_500, batch_size=32, models={SMALL: (4e-3, 5.0), LARGE: (2e-3, 6.0)}, resplits=5,
     exit_epochs=2.0,

@@ -49,6 +49,7 @@ def test_one_lucky_seed_is_not_enough():
     assert "better on 1 of 3 seeds" in first.measured
 
 
+@pytest.mark.untraced
 def test_quick_demo_from_the_command_line(command, tmp_path):
     out = tmp_path / "demo"
     code, printed, err = command("demo", "--out", out, "--device", "cpu", "--quiet")

@@ -32,13 +32,13 @@ TOLD = {"loss", "lm_loss", "gradient_norm", "steps", "weights trained", "loss of
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, measured):
     """Results of all processes."""
     place = tmp_path_factory.mktemp("processes")
     script = Path(__file__).with_name("on_processes.py")
     done = subprocess.run(
         [sys.executable, str(script), str(place)], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | measured | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((place / "codes.json").read_text()) == ENDS, done.stderr

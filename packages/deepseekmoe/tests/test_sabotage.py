@@ -11,6 +11,8 @@ from deepseekmoe.demo import EMBEDDED, PROFILES, Profile
 from deepseekmoe.routing import Routing
 from octavo.rundir import RunDir
 
+pytestmark = pytest.mark.untraced
+
 SMALL = Profile(60, ("gshard",), 4000, rows=4)
 
 
