@@ -117,16 +117,26 @@ def test_a_run_that_was_begun_with_other_rows_is_not_gone_on_with(words, command
         assert command(*line(data, out))[0] == 0
 
 
-def in_two(*line):
-    """Run a command in two processes over the loopback."""
+REGULARIZED = ["--dar-weight", 0.5, "--folds", 2, "--fold-seeds", 0, "--dev-data"]
+
+
+@pytest.fixture(scope="module")
+def in_two(words, tmp_path_factory):
+    """Two commands, one after the other in the same two processes: their folder, and what they print."""
+    folder = tmp_path_factory.mktemp("two")
+    lines = [
+        difficulty_words(words, folder / "difficulty", "--batch-size", 10, folds=2),
+        train_words(words, folder / "train", *REGULARIZED, words, "--batch-size", 20),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         "-m", "cascadebert", *map(str, line)],
+         Path(__file__).with_name("commands_in_turn.py"),
+         *(json.dumps([str(word) for word in line]) for line in lines)],
         capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return folder, done.stdout
 
 
 def metric(run, key="loss"):
@@ -138,10 +148,9 @@ def metric(run, key="loss"):
     return found
 
 
-def test_two_processes_measure_the_difficulty_that_one_does(words, command, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+def test_two_processes_measure_the_difficulty_that_one_does(words, command, in_two, tmp_path):
+    one, two, shown = tmp_path / "one", in_two[0] / "difficulty", in_two[1]
     assert command(*difficulty_words(words, one, "--batch-size", 20, folds=2))[0] == 0
-    shown = in_two(*difficulty_words(words, two, "--batch-size", 10, folds=2))
     assert shown.count("Difficulty of 1200 rows") == 1
     single, double = metric(one), metric(two)
     assert list(single) == list(double)
@@ -155,12 +164,11 @@ def test_two_processes_measure_the_difficulty_that_one_does(words, command, tmp_
     assert differ <= 6  # rows on which two classes are as good as equal
 
 
-def test_two_processes_train_with_the_regularization(words, command, tmp_path):
+def test_two_processes_train_with_the_regularization(words, command, in_two, tmp_path):
     """Pairs are made within each process, so that only what has none is as one process has it."""
-    dar = ["--dar-weight", 0.5, "--folds", 2, "--fold-seeds", 0, "--dev-data", words]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert command(*train_words(words, one, *dar, "--batch-size", 40))[0] == 0
-    assert in_two(*train_words(words, two, *dar, "--batch-size", 20)).count("Trained on 1200") == 1
+    one, two, shown = tmp_path / "one", in_two[0] / "train", in_two[1]
+    assert command(*train_words(words, one, *REGULARIZED, words, "--batch-size", 40))[0] == 0
+    assert shown.count("Trained on 1200") == 1
     single, double = metric(one), metric(two)
     assert list(single) == list(double)
     for name in single:
