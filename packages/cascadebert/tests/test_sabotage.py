@@ -16,8 +16,6 @@ from octavo.rundir import RunDir
 from octavo.runtime import Runtime
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.untraced
-
 TINY = Profile(
     3_000, 800, 1_500, batch_size=32, models={SMALL: (4e-3, 5.0), LARGE: (2e-3, 6.0)}, resplits=5,
     exit_epochs=2.0,
@@ -69,12 +67,14 @@ def models(trained_once, tmp_path):
     return shutil.copytree(trained_once[0], tmp_path / "run")
 
 
+@pytest.mark.untraced
 def test_unharmed_the_claims_hold_even_at_this_size(trained_once):
     _, found = trained_once
     for claim in ("It is better than its small model", "Its confidence knows what to defer", SPEED):
         assert found[claim]
 
 
+@pytest.mark.untraced
 def test_random_confidence_fails(models, monkeypatch):
     def noise(logits, *rest):
         generator = torch.Generator().manual_seed(len(logits))
@@ -86,6 +86,7 @@ def test_random_confidence_fails(models, monkeypatch):
     assert verdicts(models)["Its confidence knows what to defer"] is False
 
 
+@pytest.mark.untraced
 def test_thresholds_of_other_confidences_miss_the_speed_up(models, monkeypatch):
     """Confidence that is higher on calibration words, as after training on them."""
     fit = policy.fit_policy
@@ -99,6 +100,7 @@ def test_thresholds_of_other_confidences_miss_the_speed_up(models, monkeypatch):
     assert found[SPEED] is False
 
 
+@pytest.mark.untraced
 def test_shuffled_training_labels_fail(tmp_path, monkeypatch):
     def shuffled(examples, *rest):
         turned = dataclasses.replace(examples, labels=examples.labels[1:] + examples.labels[:1])
@@ -110,12 +112,21 @@ def test_shuffled_training_labels_fail(tmp_path, monkeypatch):
     assert found["It is better than its small model"] is False
 
 
-def test_without_a_large_model_there_is_nothing_to_gain(tmp_path):
+@pytest.mark.untraced
+def test_without_a_large_model_there_is_nothing_to_gain(trained_once, tmp_path, monkeypatch):
+    small = trained_once[0] / "seed-0" / "complete" / "stage-1"
+
+    def train_large(examples, config, run, *rest):
+        shutil.copytree(small, run.path / "stage-1")  # which is then not trained again
+        return train_cascade(examples, config, run, *rest)
+
+    monkeypatch.setattr(experiment, "train_cascade", train_large)
     untrained = {SMALL: TINY.models[SMALL], LARGE: (1e-6, 0.1)}
     found = verdicts(tmp_path / "run", dataclasses.replace(TINY, models=untrained))
     assert found["It is better than its small model"] is False
 
 
+@pytest.mark.untraced
 def test_a_risk_that_is_not_shown_is_not_kept(models, monkeypatch):
     """Learn-then-Test that takes what it measures for the truth, or walks on while there is hope."""
     assert verdicts(models, SPLITS)[HARM]
