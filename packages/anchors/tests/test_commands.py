@@ -9,8 +9,13 @@ OWN = ("--template", "Review: {text}\\nMood:{label}", "--labels", "good", "--lab
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("flow", "--per-head"), ("block", "--window=1"), ("read", "--per-head")]
-)
+    ("name", "more"),
+    [
+        ("flow", "--per-head"), ("block", "--window=1"), ("read", "--per-head"),
+        ("evaluate", "--rival-shots=2"), ("reweight", "--train-per-class=2"),
+        ("diagnose", "--variance=0.8"),
+    ],
+)  # fmt: skip
 def test_a_command_writes_its_result_and_report(command, saved, rows, tmp_path, name, more):
     words = (name, saved, "--train-data", rows, "--data", rows, *OWN, more)
     code, printed, err = command(*words, "--json")
@@ -79,3 +84,94 @@ def test_a_label_word_that_the_rows_do_not_have(command, saved, tmp_path):
     assert code == 2
     assert "line 5" in err
     assert "'terrible'" in err
+
+
+def test_a_cache_and_an_adapter_are_used_again(command, saved, rows, tmp_path):
+    """The demonstrations are those it was made with; what was saved answers as what was measured."""
+    given = (saved, "--train-data", rows, "--data", rows, *OWN, "--seed", "3")
+    for name, more, folder in (
+        ("compress", ("--draws", "2"), "cache"),
+        ("reweight", (), "adapter"),
+    ):
+        out = tmp_path / name
+        code, _, err = command(name, *given, "--out", out, *more)
+        assert code == 0, err
+        shown = json.loads((out / "result.json").read_text())["tables"]
+        first = {row.get("kept", row.get("method")): row for row in next(iter(shown.values()))}
+        words = ("evaluate", saved, f"--{folder}", out / folder, "--data", rows, "--samples", "6",
+                 "--seed", "3", "--device", "cpu", "--quiet")  # fmt: skip
+        code, printed, err = command(*words, "--json")
+        assert code == 0, err
+        vanilla, used = next(iter(json.loads(printed).values()))
+        assert (
+            vanilla["accuracy"]
+            == first[{"cache": "whole prompt"}.get(folder, "vanilla, 1 shot")]["accuracy"]
+        )
+        assert (
+            used["accuracy"]
+            == first[{"cache": "hidden anchors"}.get(folder, "re-weighted")]["accuracy"]
+        )
+        again = tmp_path / f"again-{name}"
+        assert command(*words, "--out", again)[0] == 0
+        lines = (again / "predictions.jsonl").read_text().splitlines()
+        assert len(lines) == 6
+        assert sum(json.loads(lines[0])["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    runs = (tmp_path / "compress", tmp_path / "reweight")
+    code, printed, err = command("report", *runs, "--out", tmp_path / "report")
+    assert code == 0, err
+    assert (tmp_path / "report" / "report.html").read_text().count("<img") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("evaluate", "--adapter", "a", "--cache", "b"), "give one of them"),
+        (("evaluate", "--adapter", "nowhere"), "holds no reweighter.json"),
+        (("evaluate", "--cache", "nowhere"), "holds no cache.json"),
+        (("reweight", "--epochs", "0"), "--epochs 0"),
+        (("reweight", "--learning-rate", "0"), "--learning-rate"),
+        (("reweight", "--train-per-class", "9"), "class 0 has"),
+        (("compress", "--draws", "-1"), "--draws -1"),
+        (("diagnose", "--variance", "2"), "--variance 2"),
+        (("view", "--number", "99"), "--number 99"),
+    ],
+)
+def test_wrong_options_of_the_applications(command, saved, rows, words, named):
+    name, *more = words
+    code, printed, err = command(name, saved, "--train-data", rows, "--data", rows, *OWN, *more)
+    assert (code, printed, err.count("\n")) == (2, "", 1)
+    assert named in err
+
+
+def test_no_rows_to_demonstrate_with(command, saved, rows):
+    code, _, err = command("flow", saved, "--data", rows, *OWN)
+    assert code == 2
+    assert "--train-data: name the rows" in err
+
+
+def test_folders_that_hold_no_result(command, tmp_path):
+    code, _, err = command("report", tmp_path, "--out", tmp_path / "report")
+    assert code == 2
+    assert "holds no result.json" in err
+    (tmp_path / "result.json").write_text("[]")
+    assert "is not the result" in command("report", tmp_path, "--out", tmp_path / "report")[2]
+    assert not (tmp_path / "report").exists()
+
+
+def test_turns_of_a_dialogue_are_joined(command, saved, tmp_path):
+    file = tmp_path / "rows.tsv"
+    lines = [f"{n % 3}\thow are {n}\tgood\tfine {n}" for n in range(9)]
+    file.write_text("\n".join(["label\tturn1\tturn2\tturn3", *lines]) + "\n")
+    words = ("evaluate", saved, "--train-data", file, "--data", file, *OWN, "--rival-shots", "0")
+    code, _, err = command(*words, "--text-column", "turn1,turn2,turn3", "--out", tmp_path / "out")
+    assert code == 0, err
+    line = json.loads((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[0])
+    assert " good fine " in line["text"]
+
+
+def test_a_demo_on_a_folder_without_sets(command, tmp_path):
+    code, _, err = command("demo", "--data", tmp_path, "--out", tmp_path / "out")
+    assert (code, "holds no files like" in err) == (2, True)
+    code, _, err = command("demo", "--model", "x", "--out", tmp_path / "out")
+    assert (code, "give the --data" in err) == (2, True)
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,10 @@
 """Prompts of the real sets, in the paper's templates."""
 
+import json
+from dataclasses import replace
+
 import pytest
+from anchors import real
 from anchors.analyses import flow_rows
 from anchors.config import PromptOptions
 from anchors.data import build_prompts
@@ -40,3 +44,25 @@ def test_label_words_are_where_they_are_said_to_be(data_folder, family, task, tr
         family("llama", max_position_embeddings=4096), prompts[:2], labels[:2], batch_size=1
     )
     assert all(row["S_pq"] > 0 for row in rows)
+
+
+@pytest.mark.realdata
+def test_the_demo_on_the_folder(data_folder, command, tmp_path, monkeypatch):
+    """Every set is found, a stand-in is made, and what it cannot show is not claimed."""
+    monkeypatch.setitem(real.SAMPLES, "quick", 12)
+    monkeypatch.setattr(real, "STAND_IN", replace(real.STAND_IN, pretrain_epochs=0))
+    monkeypatch.setattr(real, "ROWS", 400)
+    out = tmp_path / "out"
+    code, printed, err = command(
+        "demo", "--data", data_folder, "--out", out, "--device", "cpu", "--quiet"
+    )
+    assert code == 3, err
+    assert "Claims, 3 sets" in printed
+    claims = json.loads((out / "claims.json").read_text())["claims"]
+    assert [claim["verdict"] for claim in claims] == ["FAIL", *["not shown at this size"] * 7]
+    tables = json.loads((out / "result.json").read_text())["tables"]
+    assert list(tables) == ["sst2, seed 0", "agnews, seed 0", "trec, seed 0"]
+    assert {"Accuracy", "Saliency", "Isolation", "Reading", "Compression"} == {
+        *tables["trec, seed 0"]
+    }
+    assert (out / "report.html").read_text().count("<img") == 12

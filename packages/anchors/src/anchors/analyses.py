@@ -30,6 +30,11 @@ def interval(values: Any) -> str:
     return "{:.3g} to {:.3g}".format(*bootstrap_interval(values))
 
 
+def known(value: Any) -> float | None:
+    """A number, or none where it is NaN, which JSON does not have."""
+    return None if np.isnan(value) else float(value)
+
+
 def flow_rows(
     model: "PreTrainedModel", prompts: Sequence[Prompt], labels: Sequence[int],
     batch_size: int = 8, per_head: bool = False,
@@ -111,8 +116,9 @@ def read_tables(
         low, high = np.nanpercentile(again, [2.5, 97.5], axis=0)
     tables: dict[str, Rows] = {
         f"Reading, {len(prompts)} prompts, accuracy {predicted.accuracy(labels):.3f}": [
-            {"layer": layer, "AUC": float(auc[layer]),
-             "AUC interval": f"{low[layer]:.3g} to {high[layer]:.3g}", "R": float(share[layer])}
+            {"layer": layer, "AUC": known(auc[layer]),
+             "AUC interval": "" if np.isnan(auc[layer]) else f"{low[layer]:.3g} to {high[layer]:.3g}",
+             "R": known(share[layer])}
             for layer in range(len(auc))
         ]
     }  # fmt: skip
@@ -122,7 +128,7 @@ def read_tables(
             for head in range(attention.shape[2])
         ]
         tables["AUC of each head"] = [
-            {"layer": layer} | {f"head {head}": float(one[layer]) for head, one in enumerate(heads)}
+            {"layer": layer} | {f"head {head}": known(one[layer]) for head, one in enumerate(heads)}
             for layer in range(len(auc))
         ]
     return tables

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from octavo.stats import mcnemar
 
-from anchors.analyses import Rows, interval
+from anchors.analyses import Rows, interval, known
 from anchors.cache import PromptCache, beginning, prefill
 from anchors.compress import Positions, best_random, compress
 from anchors.diagnose import Confusion
@@ -133,13 +133,13 @@ def diagnose_tables(found: Confusion, names: Sequence[str]) -> dict[str, Rows]:
     ]
     return {
         "Predicted and real confusion": [
-            {"pair": f"{two}, {one}", "distance of anchors": near, "AUC of the two": area}
+            {"pair": f"{two}, {one}", "distance of anchors": near, "AUC of the two": known(area)}
             for near, area, one, two in sorted(pairs)
         ],
         "Rank correlation (Spearman)": [
-            {"layers": "all, weighted by reading", "correlation": found.spearman,
+            {"layers": "all, weighted by reading", "correlation": known(found.spearman),
              "interval": f"{low:.3g} to {high:.3g}", "pairs": len(pairs)},
-            *({"layers": str(layer), "correlation": float(value), "pairs": len(pairs)}
+            *({"layers": str(layer), "correlation": known(value), "pairs": len(pairs)}
               for layer, value in enumerate(found.by_layer)),
         ],
     }  # fmt: skip

@@ -76,7 +76,7 @@ class PromptOptions:
     """Its label words, in the order of the class numbers: --labels good --labels bad."""
 
     text_column: str = "text"
-    """Column of the texts."""
+    """Column of the texts; several are joined, like turn1,turn2,turn3 of EmoContext."""
 
     label_column: str = "label"
     """Column of the labels: class numbers, or label words."""

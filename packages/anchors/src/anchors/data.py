@@ -33,7 +33,7 @@ def load_examples(
         source: a file, a folder of splits or a hub id.
         task: whose classes they are.
         split: of a folder or a hub id.
-        text: column of the texts.
+        text: column of the texts; several, joined by a space, as "turn1,turn2,turn3".
         label: column of the labels.
 
     Raises:
@@ -42,20 +42,27 @@ def load_examples(
     numbers: dict[Any, int] = {word.strip().lower(): i for i, word in enumerate(task.labels)}
     numbers |= {str(i): i for i in range(len(task.labels))}
 
+    parts = {f"text {n}": column.strip() for n, column in enumerate(text.split(","))}
+
+    def joined(row: dict[str, Any]) -> str:
+        return " ".join(row[part].strip() for part in parts).strip()
+
     def check(row: dict[str, Any]) -> str | None:
         if str(row["label"]).strip().lower() in numbers:
-            return None if row["text"].strip() else "its text is empty"
+            return None if joined(row) else "its text is empty"
         words = ", ".join(word.strip() for word in task.labels)
         return (
             f"label {row['label']!r} is none of {words}, nor a number up to {len(task.labels) - 1}"
         )
 
     rows = load_rows(
-        source, {"text": str, "label": int | str}, split, {"text": text, "label": label}, check
+        source,
+        dict.fromkeys(parts, str) | {"label": int | str},
+        split,
+        parts | {"label": label},
+        check,
     )
-    return [
-        Example(row["text"].strip(), numbers[str(row["label"]).strip().lower()]) for row in rows
-    ]
+    return [Example(joined(row), numbers[str(row["label"]).strip().lower()]) for row in rows]
 
 
 def draw_demonstrations(

@@ -197,10 +197,11 @@ def analyse(
     # in the last layer S_wp is zero in every model: only the target's row reaches the loss
     for place, name in ((0, "first"), (last - 1, "deep")):
         numbers |= {f"{part} {name}": flow[place][part] for part in PARTS}
-    aucs = [row["AUC"] for row in reading]
+    aucs = [np.nan if row["AUC"] is None else row["AUC"] for row in reading]
     numbers["AUC"], numbers["AUC layer"] = max(aucs), float(np.argmax(aucs))
     numbers["AUC deep"] = max(aucs[half:])
-    numbers["R half"] = reading[half - 1]["R"]
+    share = reading[half - 1]["R"]
+    numbers["R half"] = np.nan if share is None else share
     return {"Saliency": flow, "Isolation": block, "Reading": reading}
 
 

@@ -31,7 +31,7 @@ STAND_IN = Shape(
     width=64,
     alphabet="bpe",
     vocabulary=4000,
-    max_length=512,
+    max_length=1024,
     pretrain_epochs=1,
 )
 ROWS = 1500
