@@ -90,8 +90,8 @@ def test_a_cache_and_an_adapter_are_used_again(command, saved, rows, tmp_path):
     """The demonstrations are those it was made with; what was saved answers as what was measured."""
     given = (saved, "--train-data", rows, "--data", rows, *OWN, "--seed", "3")
     for name, more, folder in (
-        ("compress", ("--draws", "2"), "cache"),
-        ("reweight", (), "adapter"),
+        ("compress", ("--draws", "2", "--choose-on", "2"), "cache"),
+        ("reweight", ("--train-per-class", "2"), "adapter"),
     ):
         out = tmp_path / name
         code, _, err = command(name, *given, "--out", out, *more)
