@@ -1,7 +1,11 @@
 """What all tests share: shape checks switched on, the real data, and an offline environment."""
 
 import importlib
+import importlib.util
 import os
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -139,6 +143,67 @@ def benchmark_file(
         return importlib.import_module(name)
 
     return load
+
+
+@pytest.fixture
+def command(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command of the test's package in this process; gives the exit code, stdout and stderr."""
+    from octavo.cli import run
+
+    app = importlib.import_module(f"{request.path.parents[1].name}.cli").app
+
+    def call(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run(app, [str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def example(request: pytest.FixtureRequest) -> Callable[[str], ModuleType]:
+    """A function that imports an example of the test's package."""
+    folder = request.path.parents[1] / "examples"
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{name}_example", folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def visit(tmp_path: Path) -> Callable[[Path], tuple[str, list[str], list[str]]]:
+    """A page as Chromium sees it, what it said, and what it asked the network for."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+
+    def look(page: Path) -> tuple[str, list[str], list[str]]:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        log = folder / "net.json"
+        done = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+             f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}",
+             "--enable-logging=stderr", "--dump-dom", page.as_uri()],
+            capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(folder)},
+        )  # fmt: skip
+        messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        asked = re.findall(
+            r'"initiator":"(?!not an origin)[^"]*".*?"url":"(https?:[^"]*)"', log.read_text()
+        )
+        return done.stdout, messages, sorted(set(asked))
+
+    return look
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,8 +1,5 @@
 import base64
-import os
 import re
-import shutil
-import subprocess
 
 import pytest
 from matplotlib.figure import Figure
@@ -62,34 +59,12 @@ def test_markdown_of_ragged_rows():
     assert table.splitlines() == ["| a | b |", "| --- | --- |", "| 1 |  |", "|  | yes |"]
 
 
-def test_a_browser_draws_it_without_a_word_or_a_request(saved, tmp_path):
-    dom, messages, requests = visit(saved, tmp_path / "one")
+def test_a_browser_draws_it_without_a_word_or_a_request(saved, visit, tmp_path):
+    dom, messages, requests = visit(saved)
     assert "<h1>A &lt;title&gt;</h1>" in dom
     assert (messages, requests) == ([], [])
     bad = tmp_path / "bad.html"
     bad.write_text('<img src="http://127.0.0.1:40999/x.png"><script>console.log("a word")</script>')
-    _, messages, requests = visit(bad, tmp_path / "two")
+    _, messages, requests = visit(bad)
     assert any("a word" in message for message in messages)
     assert requests == ["http://127.0.0.1:40999/x.png"]
-
-
-def visit(page, folder):
-    """The page as Chromium sees it, what it said, and what it asked the network for."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    folder.mkdir()
-    log = folder / "net.json"
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-         f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr",
-         "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(folder)},
-    )  # fmt: skip
-    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    asked = re.findall(
-        r'"initiator":"(?!not an origin)[^"]*".*?"url":"(https?:[^"]*)"', log.read_text()
-    )
-    return done.stdout, messages, sorted(set(asked))

@@ -3,9 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from anchors.cli import app
 from anchors.config import Task
-from octavo.cli import run
 from octavo.models import save_model
 from octavo.tiny import Shape, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,16 +89,3 @@ def planted():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def command(capsys):
-    """Run a command in this process; gives the exit code, stdout and stderr."""
-
-    def call(*words):
-        capsys.readouterr()
-        code = run(app, [str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call

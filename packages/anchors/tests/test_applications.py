@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from anchors.cache import beginning, prefill
-from anchors.calibrate import calibrated, mean_probability, random_texts
+from anchors.calibrate import calibrated, log_mean_probability, random_texts
 from anchors.comparisons import accuracy_rows, compress_rows, diagnose_tables
 from anchors.compress import best_random, compress, kept_places, random_places
 from anchors.diagnose import (
@@ -101,20 +101,27 @@ def test_the_table_of_compression(family, prompts):
     assert rows[1]["label loyalty"] == rows[1]["word loyalty"] == 1
     assert len(kept) == rows[2]["tokens"] == len(kept_places(prompts[0], "anchors+format"))
     whole = sum(map(len, prompts))
-    assert rows[2]["token bound"] == whole / sum(len(one) - one.query for one in prompts)
+    assert rows[2]["token ratio"] == whole / sum(len(one) - one.query for one in prompts)
     assert rows[2]["KiB"] == kept.bytes / 1024 > rows[3]["KiB"]
     assert len(compress_rows(model, prompts, LABELS, [])[0]) == len(rows) - 1
 
 
 def test_calibration_by_hand():
     predictions = Predictions(np.log([[0.6, 0.4], [0.9, 0.1]]), np.zeros((2, 5), int))
-    prior = mean_probability(predictions)
-    assert np.allclose(prior, [0.75, 0.25])
+    prior = log_mean_probability(predictions)
+    assert np.allclose(np.exp(prior), [0.75, 0.25])
     found = calibrated(predictions, prior)
     assert np.allclose(softmax(found.scores, -1), [[0.8 / 2.4, 1.6 / 2.4], [1.2 / 1.6, 0.4 / 1.6]])
     assert found.classes.tolist() == [1, 0]
-    uniform = calibrated(predictions, np.array([0.5, 0.5]))
+    uniform = calibrated(predictions, np.log([0.5, 0.5]))
     assert np.allclose(uniform.scores, predictions.scores)
+
+
+def test_a_class_that_is_never_likely_does_not_win_by_that():
+    predictions = Predictions(np.array([[0, -200], [0, -150]], np.float32), np.zeros((2, 5), int))
+    found = calibrated(predictions, log_mean_probability(predictions))
+    assert np.isfinite(found.scores).all()
+    assert found.classes.tolist() == [0, 1]
 
 
 def test_random_texts_are_of_the_domain():
@@ -211,7 +218,9 @@ def test_diagnosis(family, prompts):
     assert np.allclose(found.overall, found.overall.T)
     tables = diagnose_tables(found, (" good", " bad", " middling"))
     pairs, ranks = tables.values()
-    assert {row["pair"] for row in pairs} == {"good, bad", "good, middling", "bad, middling"}
+    assert {(row["one"], row["other"]) for row in pairs} == {
+        ("good", "bad"), ("good", "middling"), ("bad", "middling"),
+    }  # fmt: skip
     assert [row["layers"] for row in ranks] == ["all, weighted by reading", "0", "1", "2"]
     with pytest.raises(ConfigError, match="no text of class 2"):
         diagnose(model, prompts[:2], [0, 1])

@@ -3,6 +3,10 @@
 import json
 
 import pytest
+from anchors import session
+from anchors.config import Task
+from anchors.data import load_examples
+from octavo.errors import ConfigError
 
 OWN = ("--template", "Review: {text}\\nMood:{label}", "--labels", "good", "--labels", "bad",
        "--labels", "middling", "--samples", "6", "--device", "cpu", "--quiet")  # fmt: skip
@@ -126,8 +130,8 @@ def test_a_cache_and_an_adapter_are_used_again(command, saved, rows, tmp_path):
     ("words", "named"),
     [
         (("evaluate", "--adapter", "a", "--cache", "b"), "give one of them"),
-        (("evaluate", "--adapter", "nowhere"), "holds no reweighter.json"),
-        (("evaluate", "--cache", "nowhere"), "holds no cache.json"),
+        (("evaluate", "--adapter", "a"), "has its own template"),
+        (("evaluate", "--rival-shots", "-1"), "--rival-shots -1"),
         (("reweight", "--epochs", "0"), "--epochs 0"),
         (("reweight", "--learning-rate", "0"), "--learning-rate"),
         (("reweight", "--train-per-class", "9"), "class 0 has"),
@@ -143,6 +147,56 @@ def test_wrong_options_of_the_applications(command, saved, rows, words, named):
     assert named in err
 
 
+def test_saved_folders_that_are_none(command, saved, rows, tmp_path):
+    for name, file in (("adapter", "reweighter.json"), ("cache", "cache.json")):
+        code, _, err = command("evaluate", saved, f"--{name}", tmp_path, "--data", rows)
+        assert (code, f"holds no {file}" in err) == (2, True)
+    (tmp_path / "cache").mkdir()
+    words = ("evaluate", saved, "--cache", tmp_path / "cache", "--data", rows, "--out", tmp_path)
+    code, _, err = command(*words, "--overwrite")
+    assert (code, "lies in it" in err) == (2, True)
+
+
+def test_a_finished_run_is_refused_before_the_model_is_loaded(
+    command, saved, rows, tmp_path, monkeypatch
+):
+    words = ("read", saved, "--train-data", rows, "--data", rows, *OWN, "--out", tmp_path / "out")
+    assert command(*words)[0] == 0
+    monkeypatch.setattr(session, "load_model", None)
+    code, _, err = command(*words)
+    assert (code, "holds a finished run" in err) == (2, True)
+
+
+def test_texts_that_an_adapter_was_trained_on_are_not_labelled(command, saved, rows, tmp_path):
+    given = (
+        "reweight",
+        saved,
+        "--train-data",
+        rows,
+        "--data",
+        rows,
+        *OWN,
+        "--out",
+        tmp_path / "one",
+    )
+    assert command(*given, "--train-per-class", "2")[0] == 0
+    code, printed, err = command(
+        "evaluate", saved, "--adapter", tmp_path / "one" / "adapter", "--data", rows,
+        "--samples", "0", "--device", "cpu", "--quiet", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Accuracy, 9 texts" in json.loads(printed)  # of 18, 3 are shown and 6 were trained on
+
+
+def test_label_words_that_are_numbers(tmp_path):
+    file = tmp_path / "rows.tsv"
+    file.write_text("label\ttext\n1\tbad\n2\tso\n3\tgood\n")
+    stars = Task("{text} Stars:{label}", (" 1", " 2", " 3"))
+    assert [one.label for one in load_examples(str(file), stars)] == [0, 1, 2]
+    with pytest.raises(ConfigError, match="case aside"):
+        Task("{text} is:{label}", (" Good", " good"))
+
+
 def test_no_rows_to_demonstrate_with(command, saved, rows):
     code, _, err = command("flow", saved, "--data", rows, *OWN)
     assert code == 2
@@ -156,6 +210,8 @@ def test_folders_that_hold_no_result(command, tmp_path):
     (tmp_path / "result.json").write_text("[]")
     assert "is not the result" in command("report", tmp_path, "--out", tmp_path / "report")[2]
     assert not (tmp_path / "report").exists()
+    (tmp_path / "result.json").write_text('{"about": {}, "tables": {}}')
+    assert "lies in it" in command("report", tmp_path, "--out", tmp_path, "--overwrite")[2]
 
 
 def test_turns_of_a_dialogue_are_joined(command, saved, tmp_path):

@@ -24,7 +24,8 @@ NUMBERS = {
     "accuracy 2": 0.95, "accuracy 3": 0.9, "S_wp first": 2e-3, "S_pq first": 1e-3, "S_ww first": 1e-5,
     "S_wp deep": 1e-4, "S_pq deep": 1e-2, "S_ww deep": 1e-5, "loyalty labels first": 0.4,
     "loyalty random first": 0.95, "loyalty labels last": 0.99, "AUC": 0.97, "AUC layer": 1.0,
-    "AUC deep": 0.9, "R half": 0.4, "loyalty hidden anchors": 0.9, "loyalty text anchors": 0.5,
+    "AUC deep": 0.9, "R half": 0.4, "R steps": 0.01,
+    "loyalty hidden anchors": 0.9, "loyalty text anchors": 0.5,
     "loyalty hidden random": 0.4, "loyalty hidden random, best of 20 on other texts": 0.6,
     "accuracy unbiased": 0.95, "accuracy biased": 0.75, "accuracy re-weighted": 0.9, "spearman": 0.6,
     "siblings": 0.7, "no siblings": 0.9,
@@ -32,7 +33,7 @@ NUMBERS = {
 
 
 def test_claims_can_pass():
-    assert [claim.passed for claim in judge([NUMBERS])] == [True] * 10
+    assert [claim.passed for claim in judge([NUMBERS])] == [True] * 11
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_claims_can_pass():
         ({"S_pq deep": 1e-5}, "In deep layers"),
         ({"S_ww deep": 2e-2}, "In deep layers"),
         ({"loyalty random first": 0.7}, "Isolating label words in the first"),
-        ({"loyalty labels last": 0.45}, "Isolating them in the last"),
+        ({"loyalty labels last": 0.45}, "Isolating them in the deeper half"),
         ({"AUC deep": 0.7}, "The target's attention"),
         ({"R half": 0.6}, "Reading happens late"),
         ({"loyalty hidden random, best of 20 on other texts": 0.85}, "Label words and format"),
@@ -64,6 +65,12 @@ def test_isolation_that_costs_nothing_shows_nothing():
     assert judge([NUMBERS | nothing])[3].passed is False
 
 
+def test_a_curve_that_is_not_convex_is_told():
+    (claim,) = (one for one in judge([NUMBERS | {"R steps": -0.2}]) if one.passed is None)
+    assert claim.claim.startswith("R is convex")
+    assert "-0.200" in claim.measured
+
+
 def test_a_bias_that_costs_nothing_is_not_judged():
     (claim,) = (one for one in judge([NUMBERS | {"accuracy biased": 0.92}]) if one.passed is None)
     assert claim.claim.startswith("Re-weighting")
@@ -72,7 +79,7 @@ def test_a_bias_that_costs_nothing_is_not_judged():
 
 def test_behind_a_closed_gate_nothing_is_judged():
     claims = judge([NUMBERS | {"accuracy 3": 0.5}])
-    assert [claim.passed for claim in claims] == [False] + [None] * 9
+    assert [claim.passed for claim in claims] == [False] + [None] * 10
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +95,11 @@ def test_the_quick_demo_shows_the_claims(finished, command):
     found = {claim["claim"]: claim["verdict"] for claim in claims}
     # one seed of the quick profile is too little for the rank correlation, which is about its margin
     found.pop("Distances of anchors tell which classes are confused")
+    assert found.pop("R is convex: each layer reads more than the one before") != "FAIL"
     assert {*found.values()} == {"PASS"}, claims
     assert code in (0, 3)
     assert (out / "report.html").read_text().count("<img") == 4
+    assert "<script>" in (out / "view-0.html").read_text("utf-8")
     code, _, err = command("demo", "--out", out, "--quiet")
     assert code == 2
     assert "holds a finished run" in err
@@ -173,4 +182,4 @@ def test_a_model_that_was_not_trained_does_not_pass_the_gate(command, tmp_path, 
     out = tmp_path / "demo"
     assert command("demo", "--out", out, "--device", "cpu", "--quiet")[0] == 3
     claims = json.loads((out / "claims.json").read_text())["claims"]
-    assert [claim["verdict"] for claim in claims] == ["FAIL"] + ["not shown at this size"] * 9
+    assert [claim["verdict"] for claim in claims] == ["FAIL"] + ["not shown at this size"] * 10

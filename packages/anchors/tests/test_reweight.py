@@ -111,6 +111,25 @@ def test_it_learns_and_leaves_the_model_alone(family, prompts):
     assert again.fit(model, prompts, labels, 0.1, 15, seed=1) == losses
 
 
+def test_generation_is_re_weighted_at_the_target_alone(family, prompts):
+    model = family("llama")
+    weighter, batch = random_weighter(model), collate(prompts)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
+    with weighter.applied(model, batch):
+        found = model.generate(**inputs, **options)[:, -4:]
+        with torch.no_grad():
+            first = model(**batch.inputs()).logits[:, -1].argmax(-1)
+    assert (found[:, 0] == first).all()
+    assert found.shape == (5, 4)
+
+
+def test_saving_leaves_other_files_alone(family, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    Reweighter(family("gpt2"), 3).save(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_saved_and_loaded(family, prompts, tmp_path):
     model = family("gpt2")
     weighter = random_weighter(model)
@@ -140,6 +159,12 @@ def test_what_does_not_fit_is_refused(family, prompts):
     other = Reweighter(family("gpt2", num_hidden_layers=2), 3)
     with pytest.raises(ModelError, match="not this model"):
         predict(model, prompts, 2, other.around(model))
+    tails = collate([prompts[0].tail()])
+    with (
+        pytest.raises(ConfigError, match="without demonstrations"),
+        Reweighter(model, 3).applied(model, tails),
+    ):
+        pass
     with pytest.raises(DataError, match="0 prompts"):
         other.fit(model, [], [])
     with torch.no_grad():

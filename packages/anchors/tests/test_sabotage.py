@@ -26,7 +26,7 @@ GATE = "The model learns in context"
 GATHER = "Information gathers in label words in shallow layers"
 READ = "In deep layers the prediction is read from label words"
 HURT = "Isolating label words in the first half of the layers hurts most"
-LAST = "Isolating them in the last layer hurts less"
+LAST = "Isolating them in the deeper half hurts less"
 TELL = "The target's attention on label words tells the prediction"
 LATE = "Reading happens late: R rises in the deeper half"
 

@@ -3,10 +3,7 @@
 import base64
 import html
 import json
-import os
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -135,11 +132,11 @@ document.body.lastChild.id = "seen";
 </script></body>"""
 
 
-def test_a_browser_shows_it_and_no_token_does_harm(tmp_path):
+def test_a_browser_shows_it_and_no_token_does_harm(visit, tmp_path):
     flows = planted()
     file = tmp_path / "view.html"
     file.write_text(flow_page(TOKENS, flows, PROMPT, f"Title {HARM}", SCORES, HARM), "utf-8")
-    dom, messages, requests = visit(file, tmp_path / "profile")
+    dom, messages, requests = visit(file)
     assert (messages, requests) == ([], [])
     assert f"<title>Title {html.escape(HARM, quote=False)}</title>" in dom
     assert dom.count("<script") == 2
@@ -159,13 +156,13 @@ def test_a_browser_shows_it_and_no_token_does_harm(tmp_path):
     assert re.search(r'id="here"[^>]*visibility="visible" x1="46"', dom)
 
 
-def test_pointer_and_keys_change_what_is_shown(tmp_path):
+def test_pointer_and_keys_change_what_is_shown(visit, tmp_path):
     flows = planted()
     page = flow_page(TOKENS, flows, PROMPT, "", SCORES)
     page = re.sub("script-src '[^']*'", "script-src 'unsafe-inline'", page)
     file = tmp_path / "driven.html"
     file.write_text(page.replace("</body>", DRIVER), "utf-8")
-    dom, messages, _ = visit(file, tmp_path / "profile")
+    dom, messages, _ = visit(file)
     assert messages == []
     seen = json.loads(html.unescape(inner(dom, r'<pre id="seen">(.*?)</pre>')))
     mean = flows.mean(0)
@@ -200,28 +197,6 @@ def table(dom, name):
     )
     cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL) for row in rows]
     return [[html.unescape(re.sub("<[^>]*>", "", one)) for one in row] for row in cells]
-
-
-def visit(page, folder):
-    """The page as Chromium sees it, what it said, and what it asked the network for."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    folder.mkdir()
-    log = folder / "net.json"
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-         f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr",
-         "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(folder)},
-    )  # fmt: skip
-    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    asked = re.findall(
-        r'"initiator":"(?!not an origin)[^"]*".*?"url":"(https?:[^"]*)"', log.read_text()
-    )
-    return done.stdout, messages, sorted(set(asked))
 
 
 def test_the_command_writes_the_page(command, saved, rows, tmp_path):

@@ -56,19 +56,6 @@ def texts():
     return list(TEXTS)
 
 
-@pytest.fixture
-def command(capsys):
-    """Run a command in this process; gives the exit code, stdout and stderr."""
-
-    def call(*words):
-        capsys.readouterr()
-        code = run(app, [str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 @pytest.fixture(scope="session")
 def words(tmp_path_factory):
     """A folder of generated words."""

@@ -1,19 +1,4 @@
-import importlib.util
-from pathlib import Path
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_words(tmp_path, capsys):
+def test_words(example, tmp_path, capsys):
     example("words").main(tmp_path / "run", 400)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
@@ -22,7 +7,7 @@ def test_words(tmp_path, capsys):
     assert all("syllables, stage" in line for line in lines)
 
 
-def test_guarantee(calibrated, words, capsys):
+def test_guarantee(example, calibrated, words, capsys):
     example("guarantee").main(calibrated, words / "dev.jsonl", words / "test.jsonl")
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == [
@@ -31,7 +16,7 @@ def test_guarantee(calibrated, words, capsys):
     assert sum("with probability 0.9 the" in line for line in lines) == 2
 
 
-def test_regularize(tmp_path, capsys):
+def test_regularize(example, tmp_path, capsys):
     example("regularize").main(tmp_path, 200, 2.0)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["plain", "regularized"]

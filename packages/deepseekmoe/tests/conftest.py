@@ -28,19 +28,6 @@ def small():
     return lambda **changes: DeepseekMoeConfig(**(SMALL | changes))
 
 
-@pytest.fixture
-def command(capsys):
-    """Run a command in this process; gives the exit code, stdout and stderr."""
-
-    def call(*words):
-        capsys.readouterr()
-        code = run(app, [str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 def write_texts(folder, lines=400):
     folder.mkdir(parents=True, exist_ok=True)
     for name, words in (("words", WORDS), ("sums", DIGITS)):

@@ -1,37 +1,23 @@
-import importlib.util
-from pathlib import Path
-
 import torch
 from deepseekmoe.hub import check_folder, save
 from octavo.tiny import Shape, make_tokenizer
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_layer(capsys):
+def test_layer(example, capsys):
     assert example("layer").main() < 1.0
     assert "MaxVio" in capsys.readouterr().out
 
 
-def test_pretrain(texts, tmp_path, capsys):
+def test_pretrain(example, texts, tmp_path, capsys):
     example("pretrain").main(str(texts), tmp_path / "run", steps=3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("layer 0:")
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-def test_checkpoint(released, tmp_path, capsys):
+def test_checkpoint(example, released, tmp_path, capsys):
     folder = released()
     example("checkpoint").main(str(folder), tmp_path / "copy")
     assert "8 routed experts in 1 layers" in capsys.readouterr().out
@@ -39,21 +25,21 @@ def test_checkpoint(released, tmp_path, capsys):
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_tune_experts(trained, chats, tmp_path, capsys):
+def test_tune_experts(example, trained, chats, tmp_path, capsys):
     out = tmp_path / "esft"
     example("tune_experts").main(str(trained / "model"), str(chats), out, epochs=0.5)
     assert "of 15 experts are trained" in capsys.readouterr().out
     assert (out / "model" / "model.safetensors").is_file()
 
 
-def test_redundancy(trained, texts, capsys):
+def test_redundancy(example, trained, texts, capsys):
     example("redundancy").main(str(trained / "model"), str(texts), length=32)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "without the best 0/15: +0.000 nats"
     assert lines[-1].startswith("3 routed experts:")
 
 
-def test_upcycle_dense(tmp_path, chats, capsys):
+def test_upcycle_dense(example, tmp_path, chats, capsys):
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

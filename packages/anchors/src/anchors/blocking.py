@@ -69,14 +69,15 @@ def isolated(prompt: Prompt, what: What, seed: int = 0) -> list[list[int]]:
         prompt: whose.
         what: the label words; as many random tokens of the demonstrations that are no label words, one
             for each token of a label word; or as many random format tokens.
-        seed: of the random ones.
+        seed: of the random ones, which are others for each prompt.
     """
     if what == "labels":
         return [list(places) for places in prompt.labels]
     taken = {place for places in prompt.labels for place in places}
     others = prompt.format if what == "format" else range(1, prompt.query)
     pool = [place for place in others if place not in taken and place > 0]
-    return [[place] for place in random.Random(seed).sample(pool, min(len(taken), len(pool)))]
+    draw = random.Random(f"{seed}/{prompt.input_ids}")
+    return [[place] for place in draw.sample(pool, min(len(taken), len(pool)))]
 
 
 def edges_before(batch: Batch, groups: Callable[[Prompt], Groups]) -> Tensor:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from octavo.errors import DataError, ModelError
+from octavo.errors import ConfigError, DataError, ModelError
 from octavo.rundir import atomic, write_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anchors.attention import Edit, instrument
-from anchors.config import Task
+from anchors.config import PromptOptions, Task
+from anchors.data import Made
 from anchors.prompts import Batch, Prompt
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class PromptCache:
         positions: the position of each kept token, ascending.
         start: the position of the token that follows.
         scales: for each layer those of keys and values, [heads, kept, 1]; none where nothing is rounded.
+        ids: all tokens of the prompt's beginning, kept or not, to know a prompt that has another.
         about: what it was made of, as far as a reader needs it: model, task, demonstrations, kept.
     """
 
@@ -46,6 +48,7 @@ class PromptCache:
     positions: tuple[int, ...]
     start: int
     scales: tuple[tuple[Tensor, Tensor], ...] | None = None
+    ids: tuple[int, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -104,7 +107,10 @@ class PromptCache:
         return cache
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What a model's forward pass, or `generate`, takes to continue with a batch."""
+        """What a model's forward pass, or `generate`, takes to continue with a batch of tails.
+
+        Where a model has sliding windows that the prompts outgrow, run it within `windowed`.
+        """
         rows = batch.input_ids.shape[0]
         kept = torch.ones(rows, len(self), dtype=torch.long, device=batch.input_ids.device)
         return {
@@ -118,26 +124,31 @@ class PromptCache:
         """Keep what a sliding window would not show out of sight; a context for each batch.
 
         The library counts a window in places of the cache. Where tokens were left out, a kept one is
-        nearer in places than it was in the prompt; here it is cut by its own position.
+        nearer in places than it was in the prompt; here it is cut by its own position. Padding stands
+        between kept tokens and the rest and makes them farther: in a batch all must be equally long.
         """
         windows = sliding_windows(model)
 
         def around(batch: Batch) -> AbstractContextManager[None]:
             end = self.start + batch.input_ids.shape[1]
-            near = all(window is None or window >= end for window in windows)
-            if near or len(self) == self.start:
+            if all(window is None or window >= end for window in windows):
+                return nullcontext()
+            if any(batch.shifts):
+                raise ConfigError(
+                    "a padded batch on a cache cannot be read through sliding windows; run prompts of "
+                    "equal length together"
+                )
+            if len(self) == self.start:
                 return nullcontext()
             places = torch.tensor(self.positions, device=batch.input_ids.device)
-            shifts = torch.tensor(batch.shifts, device=batch.input_ids.device)
 
             def cut(layer: int, query: Tensor, mask: Tensor) -> Tensor:
                 window, rows, columns = windows[layer], query.shape[-2], mask.shape[-1]
                 if window is None:
                     return mask
                 new = columns - len(self)
-                ends = self.start + torch.arange(new - rows, new, device=shifts.device)
-                far = ends[None, :] - shifts[:, None]
-                hidden = far[:, None, :, None] - places >= window
+                ends = self.start + torch.arange(new - rows, new, device=places.device)
+                hidden = ends[:, None] - places >= window
                 hidden = torch.nn.functional.pad(hidden, (0, new))
                 return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
@@ -146,7 +157,7 @@ class PromptCache:
         return around
 
     def save(self, folder: Path) -> None:
-        """Write `cache.safetensors` and `cache.json` into a folder that appears whole."""
+        """Write `cache.safetensors` and `cache.json` into a folder; what else lies there stays."""
         tensors = {}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors |= {f"layers.{layer}.keys": key, f"layers.{layer}.values": value}
@@ -156,12 +167,12 @@ class PromptCache:
                     f"layers.{layer}.key_scales": one,
                     f"layers.{layer}.value_scales": other,
                 }
-        with atomic(folder) as temporary:
-            temporary.mkdir(exist_ok=True)
-            whole = {name: one.contiguous().cpu() for name, one in tensors.items()}
-            save_file(whole, temporary / TENSORS)
-            content = {"positions": self.positions, "start": self.start, "about": dict(self.about)}
-            write_json(temporary / ABOUT, content)
+        whole = {name: one.contiguous().cpu() for name, one in tensors.items()}
+        content = {
+            "positions": self.positions, "start": self.start, "ids": self.ids,
+            "about": dict(self.about),
+        }  # fmt: skip
+        write_saved(folder, whole, TENSORS, content, ABOUT)
 
     @classmethod
     def load(cls, folder: Path, model: "PreTrainedModel") -> "PromptCache":
@@ -172,9 +183,26 @@ class PromptCache:
             ModelError: it was made by another model.
         """
         content, tensors = read_saved(folder, ABOUT, TENSORS)
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        parts = ["keys", "values"] + ["key_scales", "value_scales"] * (
+            "layers.0.key_scales" in tensors
+        )
+        wanted = {f"layers.{layer}.{part}" for layer in range(count) for part in parts}
+        positions = content.get("positions")
+        if not (
+            isinstance(positions, list) and isinstance(content.get("start"), int)
+            and isinstance(content.get("about"), dict) and isinstance(content.get("ids"), list)
+        ):  # fmt: skip
+            raise DataError(f"{folder}: {ABOUT} lacks positions, start, ids or about")
         check_model(folder, content["about"].get("model", {}), model)
+        if {*tensors} != wanted or any(
+            one.ndim != 3 or one.shape[1] != len(positions) for one in tensors.values()
+        ):
+            raise DataError(
+                f"{folder}: {TENSORS} does not hold {len(positions)} tokens of {count} layers"
+            )
         tensors = {name: one.to(model.device) for name, one in tensors.items()}
-        layers = range(sum(name.endswith(".keys") for name in tensors))
+        layers = range(count)
 
         def all_of(part: str) -> tuple[Tensor, ...]:
             return tuple(tensors[f"layers.{layer}.{part}"] for layer in layers)
@@ -183,8 +211,8 @@ class PromptCache:
         if "layers.0.key_scales" in tensors:
             scales = tuple(zip(all_of("key_scales"), all_of("value_scales"), strict=True))
         return cls(
-            all_of("keys"), all_of("values"), tuple(content["positions"]), content["start"], scales,
-            content["about"],
+            all_of("keys"), all_of("values"), tuple(positions), content["start"], scales,
+            tuple(content["ids"]), content["about"],
         )  # fmt: skip
 
 
@@ -220,6 +248,7 @@ def prefill(
         tuple(layer.values[0] for layer in layers),
         tuple(range(len(ids))),
         len(ids),
+        ids=tuple(ids),
         about={"model": signature(model)} | dict(about or {}),
     )
 
@@ -228,22 +257,29 @@ def sliding_windows(model: "PreTrainedModel") -> list[int | None]:
     """How many tokens back each layer sees; none where it sees all."""
     from transformers import DynamicCache
 
+    config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=model.config).layers
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    count = config.num_hidden_layers
+    local = getattr(config, "attention_layers", None)  # of GPT-Neo
+    if isinstance(local, list) and "local" in local:
+        return [config.window_size if kind == "local" else None for kind in local]
     return [getattr(layer, "sliding_window", None) for layer in layers] or [None] * count
 
 
 def signature(model: "PreTrainedModel") -> dict[str, Any]:
-    """What tells a model from another of other weights: its type, sizes and a sum of its embeddings."""
+    """What tells a model from another: its type, sizes, and the size of each layer's weights."""
     config = model.config.get_text_config(decoder=True)
-    table: Any = model.get_input_embeddings().weight
+    sums: dict[int, float] = {}
+    for name, one in model.named_parameters():
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
+        sums[layer] = sums.get(layer, 0.0) + float(one.detach()[:256].double().abs().mean())
     return {
         "type": config.model_type,
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
-        "embeddings": round(float(table.detach()[:1000].double().abs().mean()), 6),
+        "weights": [float(f"{sums[layer]:.8g}") for layer in sorted(sums)],
     }
 
 
@@ -251,15 +287,16 @@ def check_model(folder: Path, made_by: Mapping[str, Any], model: "PreTrainedMode
     """Refuse what another model made.
 
     Raises:
-        ModelError: one of type, sizes or embeddings differs.
+        ModelError: one of type, sizes or weights differs; weights by more than a rounding to bfloat16.
     """
     for name, value in signature(model).items():
         made = made_by.get(name)
-        same = (
-            isinstance(made, float) and abs(value - made) <= 0.01 * abs(made)
-            if name == "embeddings"
-            else made == value
-        )
+        same = made == value
+        if name == "weights" and isinstance(made, list) and len(made) == len(value):
+            pairs = zip(made, value, strict=True)
+            same = all(abs(one - other) <= 2e-4 * abs(other) for one, other in pairs)
+        if not same and name == "weights":
+            raise ModelError(f"{folder}: was made by another model (its weights differ)")
         if not same:
             raise ModelError(
                 f"{folder}: was made by another model ({name} {made}; this one's is {value})"
@@ -283,23 +320,47 @@ def read_saved(folder: Path, about: str, tensors: str) -> tuple[dict[str, Any], 
         raise DataError(f"{folder}: cannot be read ({str(error).splitlines()[0][:120]})") from error
 
 
-def shown_in(folder: Path, about: str) -> tuple[Task, list[tuple[str, int]]]:
-    """The task and demonstrations that a saved cache or adapter was made with.
+def write_saved(
+    folder: Path, tensors: dict[str, Tensor], name: str, content: dict[str, Any], about: str
+) -> None:
+    """Write tensors and their JSON file, each whole; other files of the folder stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / name) as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / about, content)
+
+
+def made_with(adapter: Path | None, cache: Path | None, options: PromptOptions) -> Made:
+    """The task and demonstrations that a saved adapter or cache was made with.
 
     Args:
-        folder: of the cache or adapter.
-        about: the name of its JSON file.
+        adapter: folder of the one, or none.
+        cache: folder of the other, or none.
+        options: what the user gave beside it.
 
     Raises:
-        DataError: the file is not there, or does not name them.
+        ConfigError: both are given, or options that contradict them, or the output would replace it.
+        DataError: the folder holds no such thing, or does not name task and demonstrations.
     """
+    if adapter and cache:
+        raise ConfigError("--adapter and --cache: give one of them")
+    folder, about = (adapter, "reweighter.json") if adapter else (cache, ABOUT)
+    assert folder is not None
+    if options.template or options.labels or options.train_data:
+        raise ConfigError(
+            f"{folder}: has its own template and demonstrations; leave --template, --labels and "
+            "--train-data out"
+        )
+    if options.out and options.out.absolute() in (folder.absolute(), *folder.absolute().parents):
+        raise ConfigError(f"--out {options.out}: {folder} lies in it; choose another folder")
     if not (folder / about).is_file():
         raise DataError(f"{folder}: holds no {about}; give a folder that was saved by anchors")
     try:
         content = json.loads((folder / about).read_text(encoding="utf-8"))["about"]
         one = content["task"]
         task = Task(one["template"], tuple(one["labels"]), one["separator"])
-        return task, [(text, int(kind)) for text, kind in content["demonstrations"]]
+        shown = tuple((str(text), int(kind)) for text, kind in content["demonstrations"])
+        return Made(task, shown, frozenset(content.get("trained texts", ())))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: {about} does not name a task and its demonstrations") from error
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax, logsumexp
 
-from anchors.cache import PromptCache
 from anchors.data import Drawn, Example
 from anchors.evaluate import Predictions, predict
 
@@ -28,14 +27,15 @@ RANDOM_TEXTS = 20
 
 
 def calibrated(predictions: Predictions, prior: Float[np.ndarray, " classes"]) -> Predictions:
-    """Divide the probabilities of label words by a prior and normalise them again."""
-    scores = log_softmax(predictions.scores - np.log(prior), axis=-1)
+    """Divide the probabilities of label words by a prior, given as its logarithm; normalise again."""
+    scores = log_softmax(predictions.scores.astype(float) - prior, axis=-1)
     return Predictions(scores, predictions.top)
 
 
-def mean_probability(predictions: Predictions) -> Float[np.ndarray, " classes"]:
-    """The mean probability of each class: the prior that batch calibration takes off."""
-    return softmax(predictions.scores, axis=-1).mean(0)
+def log_mean_probability(predictions: Predictions) -> Float[np.ndarray, " classes"]:
+    """The logarithm of each class's mean probability: the prior that batch calibration takes off."""
+    scores = predictions.scores.astype(float)
+    return logsumexp(scores, axis=0) - np.log(len(scores))
 
 
 def random_texts(texts: Sequence[str], seed: int, count: int = RANDOM_TEXTS) -> list[str]:
@@ -51,7 +51,6 @@ def calibrations(
     tokenizer: "PreTrainedTokenizerBase",
     drawn: Drawn,
     predictions: Predictions,
-    cache: PromptCache,
     longest: int,
     seed: int = 0,
     batch_size: int = 8,
@@ -64,7 +63,6 @@ def calibrations(
         drawn: the demonstrations, and rows left to take words of the domain from (the demonstrations'
             own where none are left).
         predictions: before.
-        cache: of the demonstrations.
         longest: tokens that the model takes.
         seed: of the random words.
         batch_size: prompts in one pass.
@@ -77,6 +75,6 @@ def calibrations(
     found = {}
     for name, texts in asked.items():
         prompts = drawn.prompts(tokenizer, longest, [Example(text, 0) for text in texts])
-        prior = mean_probability(predict(model, prompts, batch_size, cache=cache))
+        prior = log_mean_probability(predict(model, prompts, batch_size))
         found[name] = calibrated(predictions, prior)
-    return found | {"batch calibration": calibrated(predictions, mean_probability(predictions))}
+    return found | {"batch calibration": calibrated(predictions, log_mean_probability(predictions))}

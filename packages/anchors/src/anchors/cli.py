@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
@@ -36,10 +36,12 @@ def flow(
     from anchors.analyses import flow_rows
     from anchors.session import ready
 
-    session = ready(model, options, runtime)
-    rows = flow_rows(session.model, session.prompts, session.labels, options.batch_size, per_head)
-    table = f"Saliency, mean of {len(session.prompts)} prompts (95 % interval)"
-    return session.told("flow", {table: rows}, {"per_head": per_head})
+    with ready("flow", model, options, runtime, {"per_head": per_head}) as session:
+        rows = flow_rows(
+            session.model, session.prompts, session.labels, options.batch_size, per_head
+        )
+        table = f"Saliency, mean of {len(session.prompts)} prompts (95 % interval)"
+        return session.told({table: rows})
 
 
 @app.command
@@ -59,12 +61,12 @@ def block(
     from anchors.analyses import block_rows
     from anchors.session import ready
 
-    session = ready(model, options, runtime)
-    rows = block_rows(
-        session.model, session.prompts, session.labels, window, runtime.seed, options.batch_size
-    )
-    table = f"Isolation, {len(session.prompts)} prompts (95 % interval)"
-    return session.told("block", {table: rows}, {"window": window})
+    with ready("block", model, options, runtime, {"window": window}) as session:
+        rows = block_rows(
+            session.model, session.prompts, session.labels, window, runtime.seed, options.batch_size
+        )
+        table = f"Isolation, {len(session.prompts)} prompts (95 % interval)"
+        return session.told({table: rows})
 
 
 @app.command
@@ -84,11 +86,11 @@ def read(
     from anchors.analyses import read_tables
     from anchors.session import ready
 
-    session = ready(model, options, runtime)
-    tables = read_tables(
-        session.model, session.prompts, session.labels, options.batch_size, per_head
-    )
-    return session.told("read", tables, {"per_head": per_head})
+    with ready("read", model, options, runtime, {"per_head": per_head}) as session:
+        tables = read_tables(
+            session.model, session.prompts, session.labels, options.batch_size, per_head
+        )
+        return session.told(tables)
 
 
 @app.command
@@ -112,17 +114,18 @@ def view(
     from anchors.session import ready
     from anchors.view import chosen_prompt, view_prompt
 
-    session = ready(model, options, runtime)
-    prompt, label = chosen_prompt(session, number, text)
-    which = f"text {number} of {options.data}" if text is None else "a text of the user's own"
-    about = f"Model {model}; demonstrations of {options.train_data}, seed {runtime.seed}; {which}."
-    tables, page = view_prompt(
-        session.model, session.tokenizer, session.drawn.task, prompt, label, about
-    )
-    return session.told(
-        "view", tables, {"number": number, "text": text},
-        lambda folder: write_text(folder / "view.html", page), "view.html",
-    )  # fmt: skip
+    with ready("view", model, options, runtime, {"number": number, "text": text}) as session:
+        prompt, label = chosen_prompt(session, number, text)
+        which = f"text {number} of {options.data}" if text is None else "a text of the user's own"
+        about = (
+            f"Model {model}; demonstrations of {options.train_data}, seed {runtime.seed}; {which}."
+        )
+        tables, page = view_prompt(
+            session.model, session.tokenizer, session.drawn.task, prompt, label, about
+        )
+        return session.told(
+            tables, lambda folder: write_text(folder / "view.html", page), "view.html"
+        )
 
 
 @app.command
@@ -148,29 +151,30 @@ def evaluate(
     from anchors.comparisons import accuracy_rows
     from anchors.session import ready
 
-    if adapter and cache:
-        raise ConfigError("--adapter and --cache: give one of them")
-    if adapter:
-        shown = caches.shown_in(adapter, reweighting.ABOUT)
-        session = ready(model, options, runtime, shown)
-        weighter = reweighting.Reweighter.load(adapter, session.model)
-        chosen = session.predict(session.prompts, around=weighter.around(session.model))
-        found = {"vanilla": session.vanilla(), "re-weighted": chosen}
-    elif cache:
-        session = ready(model, options, runtime, caches.shown_in(cache, caches.ABOUT))
-        kept = caches.PromptCache.load(cache, session.model)
-        chosen = session.predict(session.prompts, cache=kept)
-        found = {"vanilla": session.vanilla(), "compressed": chosen}
-    else:
-        session = ready(model, options, runtime)
+    if rival_shots < 0:
+        raise ConfigError(f"--rival-shots {rival_shots}: must be 0 or more")
+    choice = {"adapter": adapter and str(adapter), "cache": cache and str(cache),
+              "rival_shots": rival_shots}  # fmt: skip
+    made = None
+    if adapter or cache:
+        made = caches.made_with(adapter, cache, options)
+    with ready("evaluate", model, options, runtime, choice, made) as session:
         chosen = session.vanilla()
-        found = session.rivals(chosen, rival_shots)
-    return session.told(
-        "evaluate", {f"Accuracy, {len(session.prompts)} texts": accuracy_rows(found, session.labels)},
-        {"adapter": adapter and str(adapter), "cache": cache and str(cache),
-         "rival_shots": rival_shots},
-        lambda folder: session.write_predictions(folder / "predictions.jsonl", chosen),
-    )  # fmt: skip
+        found: dict[str, Any] = {"vanilla": chosen}
+        if adapter:
+            weighter = reweighting.Reweighter.load(adapter, session.model)
+            chosen = session.predict(session.prompts, around=weighter.around(session.model))
+            found["re-weighted"] = chosen
+        elif cache:
+            kept = caches.PromptCache.load(cache, session.model)
+            chosen = session.predict(session.prompts, cache=kept)
+            found["compressed"] = chosen
+        else:
+            found = session.rivals(chosen, rival_shots)
+        return session.told(
+            {f"Accuracy, {len(session.prompts)} texts": accuracy_rows(found, session.labels)},
+            lambda folder: session.write_predictions(folder / "predictions.jsonl", chosen),
+        )
 
 
 @app.command
@@ -192,25 +196,27 @@ def reweight(
     from anchors.session import ready
 
     config.check()
-    session = ready(model, options, runtime)
-    drawn = session.drawn
-    rows = drawn.examples(config.train_per_class, runtime.seed)
-    about = remember(drawn.task, drawn.shown) | {"trained on": f"{len(rows)} texts"}
-    weighter = Reweighter(session.model, len(drawn.task.labels), about | asdict(config))
-    losses = weighter.fit(
-        session.model, session.prompts_of(drawn, rows), [row.label for row in rows],
-        config.learning_rate, config.epochs, config.train_batch_size, runtime.seed,
-    )  # fmt: skip
-    found = session.rivals(session.vanilla(), options.shots + config.train_per_class)
-    around = weighter.around(session.model)
-    found["re-weighted"] = session.predict(session.prompts, around=around)
-    table = accuracy_rows(found, session.labels)
-    weighter.about |= {f"accuracy, {row['method']}": row.get("accuracy") for row in table}
-    epochs = [{"epoch": n + 1, "loss": loss} for n, loss in enumerate(losses)]
-    return session.told(
-        "reweight", {f"Accuracy, {len(session.prompts)} texts": table, "Training": epochs},
-        asdict(config), lambda folder: weighter.save(folder / "adapter"),
-    )  # fmt: skip
+    with ready("reweight", model, options, runtime, asdict(config)) as session:
+        drawn = session.drawn
+        rows = drawn.examples(config.train_per_class, runtime.seed)
+        about = remember(drawn.task, drawn.shown) | {
+            "trained on": f"{len(rows)} texts", "trained texts": [row.key for row in rows],
+        }  # fmt: skip
+        weighter = Reweighter(session.model, len(drawn.task.labels), about | asdict(config))
+        losses = weighter.fit(
+            session.model, session.prompts_of(drawn, rows), [row.label for row in rows],
+            config.learning_rate, config.epochs, config.train_batch_size, runtime.seed,
+        )  # fmt: skip
+        found = session.rivals(session.vanilla(), options.shots + config.train_per_class)
+        around = weighter.around(session.model)
+        found["re-weighted"] = session.predict(session.prompts, around=around)
+        table = accuracy_rows(found, session.labels)
+        weighter.about |= {f"accuracy, {row['method']}": row.get("accuracy") for row in table}
+        epochs = [{"epoch": n + 1, "loss": loss} for n, loss in enumerate(losses)]
+        return session.told(
+            {f"Accuracy, {len(session.prompts)} texts": table, "Training": epochs},
+            lambda folder: weighter.save(folder / "adapter"),
+        )
 
 
 @app.command
@@ -228,7 +234,8 @@ def compress(
 
     Args:
         model: Folder or hub id of a causal language model.
-        positions: What follows stays where it was (original), or moves up to the kept tokens (compact).
+        positions: What follows stays where it was (original), or moves up to the kept tokens (compact;
+            with rotary positions that puts it before some of them).
         draws: Random sets of tokens that the best is chosen of; 0 for none.
         choose_on: Texts of each class of the training data that it is chosen on.
         eight_bits: Save the cache with 8 bits a number.
@@ -239,22 +246,20 @@ def compress(
 
     if draws < 0 or choose_on < 1:
         raise ConfigError(f"--draws {draws}, --choose-on {choose_on}: must be 0 and 1 or more")
-    session = ready(model, options, runtime)
-    drawn, held = session.drawn, []
-    if draws:
-        rows = drawn.examples(choose_on, runtime.seed)
-        held = session.prompts_of(drawn, rows)
-    rows, kept = compress_rows(
-        session.model, session.prompts, session.labels, held, positions, draws, runtime.seed,
-        options.batch_size,
-    )  # fmt: skip
-    kept = replace(kept, about={**kept.about, **remember(drawn.task, drawn.shown)})
-    kept = kept.quantized() if eight_bits else kept
     choice = {"positions": positions, "draws": draws, "choose_on": choose_on, "bits": eight_bits}
-    table = f"Compression, {len(session.prompts)} texts (95 % interval)"
-    return session.told(
-        "compress", {table: rows}, choice, lambda folder: kept.save(folder / "cache")
-    )
+    with ready("compress", model, options, runtime, choice) as session:
+        drawn, held = session.drawn, []
+        if draws:
+            rows = drawn.examples(choose_on, runtime.seed)
+            held = session.prompts_of(drawn, rows)
+        rows, kept = compress_rows(
+            session.model, session.prompts, session.labels, held, positions, draws, runtime.seed,
+            options.batch_size,
+        )  # fmt: skip
+        kept = replace(kept, about={**kept.about, **remember(drawn.task, drawn.shown)})
+        kept = kept.quantized() if eight_bits else kept
+        table = f"Compression, {len(session.prompts)} texts (95 % interval)"
+        return session.told({table: rows}, lambda folder: kept.save(folder / "cache"))
 
 
 @app.command
@@ -275,17 +280,17 @@ def diagnose(
     from anchors.diagnose import diagnose as compare
     from anchors.session import ready
 
-    session = ready(model, options, runtime)
-    found = compare(
-        session.model,
-        session.prompts,
-        session.labels,
-        variance,
-        options.batch_size,
-        seed=runtime.seed,
-    )
-    tables = diagnose_tables(found, session.drawn.task.labels)
-    return session.told("diagnose", tables, {"variance": variance})
+    with ready("diagnose", model, options, runtime, {"variance": variance}) as session:
+        found = compare(
+            session.model,
+            session.prompts,
+            session.labels,
+            variance,
+            options.batch_size,
+            seed=runtime.seed,
+        )
+        tables = diagnose_tables(found, session.drawn.task.labels)
+        return session.told(tables)
 
 
 @app.command

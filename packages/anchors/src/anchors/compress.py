@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from octavo.errors import ModelError
+
+from anchors.attention import frozen
 from anchors.cache import PromptCache, beginning, prefill
 from anchors.evaluate import label_loyalty, predict
 from anchors.prompts import Prompt
@@ -43,9 +47,28 @@ def compress(
     ids, places = beginning([prompt]), kept_places(prompt, keep, seed)
     about = {"kept": keep, "positions": positions, "tokens": len(ids)}
     if keep == "text":
-        return prefill(model, [ids[place] for place in places], about)
+        return replace(prefill(model, [ids[place] for place in places], about), ids=ids)
     cache = prefill(model, ids, about)
+    if keep != "all":
+        _refuse_distances(model)
     return cache.keep(places, len(places) if positions == "compact" else None)
+
+
+def _refuse_distances(model: "PreTrainedModel") -> None:
+    """Stop where a model takes no positions but counts places, as ALiBi does: left out tokens move all.
+
+    Raises:
+        ModelError: it does.
+    """
+    ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ways = [torch.tensor([places], device=model.device) for places in ([0, 1, 2], [0, 5, 9])]
+    with frozen(model), torch.no_grad():
+        one, other = (model(ids, position_ids=way, use_cache=False).logits for way in ways)
+    if torch.equal(one, other):
+        raise ModelError(
+            f"{type(model).__name__}: takes no positions (it counts places, as ALiBi does), so that "
+            "kept tokens would stand nearer than they did; its prompts can only be cached whole"
+        )
 
 
 def kept_places(prompt: Prompt, keep: Keep, seed: int = 0) -> list[int]:

@@ -32,8 +32,10 @@ class Task:
             )
         if len(self.labels) < 2 or not all(label.strip() for label in self.labels):
             raise ConfigError(f"labels {list(self.labels)}: a task needs two label words or more")
-        if len({label.strip() for label in self.labels}) < len(self.labels):
-            raise ConfigError(f"labels {list(self.labels)}: two classes have the same label word")
+        if len({label.strip().lower() for label in self.labels}) < len(self.labels):
+            raise ConfigError(
+                f"labels {list(self.labels)}: two classes have the same label word, case aside"
+            )
 
     @property
     def frame(self) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Rows in, prompts out: labelled texts, and demonstrations drawn from them by the seed."""
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,26 @@ class Example:
     text: str
     label: int
 
+    @property
+    def key(self) -> str:
+        """What tells it from others without showing it."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a saved cache or adapter was made with.
+
+    Attributes:
+        task: template and label words.
+        shown: the demonstrations.
+        trained: keys of the texts it was trained on.
+    """
+
+    task: Task
+    shown: tuple[tuple[str, int], ...]
+    trained: frozenset[str] = frozenset()
+
 
 def load_examples(
     source: str, task: Task, split: str | None = None, text: str = "text", label: str = "label"
@@ -39,8 +60,10 @@ def load_examples(
     Raises:
         DataError: a row is wrong, or its label is none of the task's.
     """
-    numbers: dict[Any, int] = {word.strip().lower(): i for i, word in enumerate(task.labels)}
-    numbers |= {str(i): i for i in range(len(task.labels))}
+    words = [word.strip().lower() for word in task.labels]
+    numbers = {word: i for i, word in enumerate(words)}
+    if not any(word.lstrip("-").isdigit() for word in words):  # else 1 could mean two classes
+        numbers |= {str(i): i for i in range(len(words))}
 
     parts = {f"text {n}": column.strip() for n, column in enumerate(text.split(","))}
 
@@ -50,9 +73,9 @@ def load_examples(
     def check(row: dict[str, Any]) -> str | None:
         if str(row["label"]).strip().lower() in numbers:
             return None if joined(row) else "its text is empty"
-        words = ", ".join(word.strip() for word in task.labels)
         return (
-            f"label {row['label']!r} is none of {words}, nor a number up to {len(task.labels) - 1}"
+            f"label {row['label']!r} is none of {', '.join(words)}, nor a number up to "
+            f"{len(task.labels) - 1}"
         )
 
     rows = load_rows(
@@ -143,36 +166,38 @@ class Drawn:
 def draw(
     options: PromptOptions,
     seed: int,
-    task: Task | None = None,
-    shown: Sequence[tuple[str, int]] | None = None,
+    made: Made | None = None,
 ) -> Drawn:
     """Rows to label, and demonstrations.
 
     Args:
         options: task, rows and sizes.
         seed: of the demonstrations and of the texts drawn.
-        task: another than the options'.
-        shown: demonstrations that are given already; the rows to demonstrate with are then not read.
+        made: a task and demonstrations that are given already; rows to demonstrate with are then not
+            read, and texts that it was trained on are not labelled.
 
     Raises:
         DataError: rows are wrong, or a class is empty.
     """
-    task = task or options.chosen_task()
+    task = made.task if made else options.chosen_task()
     columns = {"text": options.text_column, "label": options.label_column}
     pool: list[Example] = []
-    if shown is None:
+    if made:
+        shown = list(made.shown)
+    else:
         pool = load_examples(options.train_rows(), task, "train", **columns)
         shown = draw_demonstrations(pool, len(task.labels), options.shots, seed)
     rows = load_examples(options.data, task, "test", **columns)
     taken = set(shown)
-    rows = [row for row in rows if (row.text, row.label) not in taken]
+    trained = made.trained if made else frozenset()
+    rows = [row for row in rows if (row.text, row.label) not in taken and row.key not in trained]
     if options.samples and options.samples < len(rows):
         rows = random.Random(seed).sample(rows, options.samples)
     if not rows:
         raise DataError(f"{options.data}: holds no text besides the demonstrations")
     asked = {row.text for row in rows}
     rest = [row for row in pool if (row.text, row.label) not in taken and row.text not in asked]
-    return Drawn(task, list(shown), rows, rest)
+    return Drawn(task, shown, rows, rest)
 
 
 def build_prompts(

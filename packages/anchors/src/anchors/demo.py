@@ -17,11 +17,14 @@ from octavo.runtime import Runtime
 
 from anchors.analyses import block_rows, flow_rows, isolate, read_tables
 from anchors.blocking import What
+from anchors.config import Task
 from anchors.evaluate import label_loyalty, predict
 from anchors.prompts import Prompt
 from anchors.report import block_figure, compress_figure, flow_figure, read_figure
 from anchors.saliency import PARTS
 from anchors.trials import compression, confusion, prompt_of, reweighting
+from anchors.view import view_prompt
+from anchors.world import TASKS as TEMPLATES
 from anchors.world import WORLDS, World, episodes, make_tokenizer, train
 
 if TYPE_CHECKING:
@@ -111,6 +114,7 @@ def run_demo(
             )
         for seed, one in zip(seeds, found, strict=True):
             report.heading(f"Seed {seed}, three classes")
+            report.text(f"view-{seed}.html beside this page shows one prompt token by token.")
             for caption, rows in one.tables.items():
                 report.table(caption, rows)
             for draw, table in FIGURES:
@@ -148,6 +152,11 @@ def run_seed(
     ):  # fmt: skip
         more, tables[name] = trial(world, model, tokenizer, many, seed)
         numbers |= more
+    one = episodes(world, count, 3, 1, seed)[0]
+    task = Task(TEMPLATES[one.task][0], one.words)
+    about = f"The demo's model of seed {seed}."
+    _, page = view_prompt(model, tokenizer, task, prompts[0], labels[0], about)
+    run.write_text(f"view-{seed}.html", page)
     return Found(numbers, tables)
 
 
@@ -189,7 +198,7 @@ def analyse(
     cuts: tuple[tuple[str, What, Sequence[int]], ...] = (
         ("labels first", "labels", range(half)),
         ("random first", "random", range(half)),
-        ("labels last", "labels", [last]),
+        ("labels last", "labels", range(half, last + 1)),
     )
     for name, what, layers in cuts:
         after = isolate(model, prompts, what, layers, seed, batch_size)
@@ -197,6 +206,7 @@ def analyse(
     # in the last layer S_wp is zero in every model: only the target's row reaches the loss
     for place, name in ((0, "first"), (last - 1, "deep")):
         numbers |= {f"{part} {name}": flow[place][part] for part in PARTS}
+    numbers["R steps"] = _steps([row["R"] for row in reading])
     aucs = [np.nan if row["AUC"] is None else row["AUC"] for row in reading]
     numbers["AUC"], numbers["AUC layer"] = max(aucs), float(np.argmax(aucs))
     numbers["AUC deep"] = max(aucs[half:])
@@ -262,9 +272,9 @@ def flow_claims(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
             cost > 0 and cost >= margins.isolation * control,
         ),
         Claim(
-            "Isolating them in the last layer hurts less",
+            "Isolating them in the deeper half hurts less",
             f"label loyalty {mean['loyalty labels last']:.3f} against {1 - cost:.3f}",
-            f"by {margins.last:g} or more",
+            f"by {margins.last:g} or more; in the last layer alone it does nothing by construction",
             mean["loyalty labels last"] >= 1 - cost + margins.last,
         ),
         Claim(
@@ -277,16 +287,33 @@ def flow_claims(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
         Claim(
             "Reading happens late: R rises in the deeper half",
             f"{mean['R half']:.3f} of R is reached in the first half of the layers",
-            "less than half of it",
+            "less than half of it (equal reading in all layers but the first would give 0.333)",
             mean["R half"] < 0.5,
+        ),
+        Claim(
+            "R is convex: each layer reads more than the one before",
+            f"the smallest gain of R over the gain before is {mean['R steps']:.3f}",
+            "no gain smaller than the one before"
+            if mean["R steps"] >= 0
+            else "of four layers the second begins to read and the last has nothing left to do",
+            True if mean["R steps"] >= 0 else None,
         ),
     ]
 
 
+def _steps(shares: Sequence[float | None]) -> float:
+    """The smallest difference of R's gain in a layer and in the one before; convex if not negative."""
+    values = [np.nan if share is None else share for share in shares]
+    return float(np.min(np.diff(np.diff([0.0, *values]))))
+
+
 def compression_claim(mean: Mapping[str, float], margins: Margins) -> Claim:
     """The claim about hidden anchors."""
-    hidden, best = mean["loyalty hidden anchors"], "hidden random, best of 20 on other texts"
-    rivals = {name: mean[f"loyalty {name}"] for name in ("text anchors", "hidden random", best)}
+    hidden = mean["loyalty hidden anchors"]
+    rivals = {
+        name.removeprefix("loyalty "): value for name, value in mean.items()
+        if name.startswith(("loyalty text", "loyalty hidden random"))
+    }  # fmt: skip
     return Claim(
         "Label words and format stand for the demonstrations",
         f"label loyalty {hidden:.3f} of hidden anchors; "
@@ -333,7 +360,8 @@ ABOUT = (
     "which label word belongs to which topic. Two things help it to learn in seconds, and the first of "
     "them also favours what the claims are about: while training, the state after the first layer must "
     "tell words of the topic at every position of a demonstration, label word or not; and attention "
-    "begins with equal query and key matrices. No attention mask is used."
+    "begins with equal query and key matrices, and with value and output matrices that are each other's "
+    "transposes. No attention mask is used."
 )
 
 #: What is not judged here.

@@ -38,7 +38,7 @@ class Confusion:
             which its attention on label words tells the prediction: where anchors are read.
         real: area under the curve that tells two classes apart by the model's probabilities: [C, C].
         spearman: rank correlation of `overall` and `real` over pairs of classes.
-        interval: 95 % bootstrap interval of it over prompts.
+        interval: 95 % bootstrap interval of it over prompts; the heads' weights are held as they are.
         by_layer: the correlation of each layer.
     """
 
@@ -52,7 +52,7 @@ class Confusion:
 
 def diagnose(
     model: "PreTrainedModel", prompts: Sequence[Prompt], labels: Sequence[int],
-    variance: float = 0.9, batch_size: int = 8, resamples: int = 500, seed: int = 0,
+    variance: float = 0.9, batch_size: int = 8, resamples: int = 200, seed: int = 0,
 ) -> Confusion:  # fmt: skip
     """Compare the confusion that the anchors' keys predict with the model's own.
 
@@ -77,6 +77,8 @@ def diagnose(
     right = np.asarray(labels)
     if missing := sorted({*range(classes)} - {*right.tolist()}):
         raise ConfigError(f"no text of class {missing[0]} was drawn; use more --samples")
+    if missing := sorted({*range(classes)} - {*prompts[0].classes}):
+        raise ConfigError(f"class {missing[0]} has no demonstration, and so no anchor")
     queries, keys, attention = look(model, prompts, classes, batch_size)
     cache = prefill(model, beginning(prompts))
     predictions = predict(model, prompts, batch_size, cache=cache)
@@ -87,7 +89,7 @@ def diagnose(
     real = pair_areas(predictions, right, classes)
     overall = weighted_distances(queries, keys, weights, variance)
     draw, again = np.random.default_rng(seed), []
-    for _ in range(resamples):
+    for _ in progress(range(resamples), "interval", unit="resamples"):
         chosen = draw.integers(0, len(right), len(right))
         if len({*right[chosen].tolist()}) < classes:
             continue

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from octavo.console import progress
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, DataError, ModelError
 from torch import Tensor
 
 from anchors.attention import frozen
-from anchors.cache import PromptCache
+from anchors.cache import PromptCache, sliding_windows
 from anchors.prompts import Batch, Prompt, batches
 
 if TYPE_CHECKING:
@@ -66,13 +66,28 @@ def predict(
             what follows them is run.
 
     Raises:
+        ConfigError: both an intervention and a cache are given.
+        DataError: a prompt does not begin with the tokens that the cache was made of.
         ModelError: a score is NaN or infinite, as half precision makes it.
     """
     scores: dict[int, np.ndarray] = {}
     top: dict[int, np.ndarray] = {}
+    alike = False
     if cache is not None:
+        if around is not alone:
+            raise ConfigError(
+                "an intervention is made for whole prompts: give it or a cache, not both"
+            )
+        if any(prompt.input_ids[: prompt.query] != cache.ids for prompt in prompts):
+            raise DataError(
+                "a prompt does not begin with the tokens that the cache was made of: its demonstrations "
+                "are others, or the tokenizer joins the last separator with the text"
+            )
         prompts, around = [prompt.tail() for prompt in prompts], cache.windowed(model)
-    for numbers, batch in progress(batches(prompts, batch_size, device=model.device), "predicting"):
+        end = cache.start + max(len(prompt) for prompt in prompts)
+        alike = any(window is not None and window < end for window in sliding_windows(model))
+    parts = batches(prompts, batch_size, device=model.device, alike=alike)
+    for numbers, batch in progress(parts, "predicting"):
         inputs = batch.inputs() | {"use_cache": False} if cache is None else cache.inputs(batch)
         answers = torch.tensor([prompt.answers for prompt in batch.prompts], device=model.device)
         with frozen(model), around(batch), torch.no_grad():

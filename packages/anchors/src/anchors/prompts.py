@@ -6,6 +6,7 @@ text which contains a label word, labels of several tokens and any tokenizer are
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -236,9 +237,21 @@ def collate(
 
 
 def batches(
-    prompts: Sequence[Prompt], size: int, pad: int = 0, device: torch.device | str = "cpu"
-) -> list[tuple[list[int], Batch]]:
-    """Prompts of like lengths together, each batch with its prompts' numbers."""
+    prompts: Sequence[Prompt], size: int, pad: int = 0, device: torch.device | str = "cpu",
+    alike: bool = False,
+) -> list[tuple[list[int], Batch]]:  # fmt: skip
+    """Prompts of like lengths together, each batch with its prompts' numbers.
+
+    Args:
+        prompts: one or more.
+        size: prompts in a batch at the most.
+        pad: id of the padding.
+        device: of the tensors.
+        alike: only prompts of the same length together, so that nothing is padded.
+    """
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
-    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    groups = [order]
+    if alike:
+        groups = [list(group) for _, group in groupby(order, lambda number: len(prompts[number]))]
+    parts = [group[n : n + size] for group in groups for n in range(0, len(group), size)]
     return [(part, collate([prompts[n] for n in part], pad, device=device)) for part in parts]

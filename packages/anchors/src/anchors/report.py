@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import DataError
+from octavo.errors import ConfigError, DataError
 from octavo.report import Report
 from octavo.rundir import RunDir
 
@@ -47,6 +47,7 @@ def combined(runs: Sequence[Path], out: Path, overwrite: bool = False) -> Path:
 
     Raises:
         DataError: a folder holds no result of a command.
+        ConfigError: the report would replace one of them.
     """
     results = []
     for folder in runs:
@@ -58,6 +59,9 @@ def combined(runs: Sequence[Path], out: Path, overwrite: bool = False) -> Path:
             results.append({"about": dict(one["about"]), "tables": dict(one["tables"])})
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}: is not the result of a command") from error
+    inside = [run for run in runs if out.absolute() in (run.absolute(), *run.absolute().parents)]
+    if inside:
+        raise ConfigError(f"--out {out}: {inside[0]} lies in it; choose another folder")
     with RunDir.open(out, {"command": "report", "runs": [str(run) for run in runs]}, overwrite):
         return result_report(results).save(out)
 
@@ -156,16 +160,17 @@ def confusion_figure(rows: Rows) -> "Figure":
     """Heat maps of both confusions, dark where two classes are near."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for row in rows for name in row["pair"].split(", ")))
+    names = list(dict.fromkeys(row[end] for row in rows for end in ("one", "other")))
     figure = Figure(figsize=(9, 4.2))
     for axes, column in zip(
         figure.subplots(1, 2), ("distance of anchors", "AUC of the two"), strict=True
     ):
         grid = [[float("nan")] * len(names) for _ in names]
         for row in rows:
-            one, other = (names.index(name) for name in row["pair"].split(", "))
-            grid[one][other] = grid[other][one] = row[column]
-        values = [value for line in grid for value in line if value == value]
+            one, other = names.index(row["one"]), names.index(row["other"])
+            value = float("nan") if row[column] is None else row[column]
+            grid[one][other] = grid[other][one] = value
+        values = [value for line in grid for value in line if value == value] or [0.0]
         image = axes.imshow(grid, cmap="viridis", vmin=min(values), vmax=max(values))
         for i, line in enumerate(grid):
             for j, value in enumerate(line):

@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Float
 from octavo.console import progress
 from octavo.errors import ConfigError, DataError, ModelError
-from octavo.rundir import atomic, write_json, write_text
-from safetensors.torch import save_file
+from octavo.rundir import write_text
 from torch import Tensor, nn
 
 from anchors.attention import Edit, frozen, instrument
-from anchors.cache import check_model, read_saved, signature
+from anchors.cache import check_model, read_saved, signature, write_saved
 from anchors.evaluate import target_logits
 from anchors.prompts import Batch, Prompt, batches
 
@@ -59,8 +58,10 @@ class Reweighter(nn.Module):
 
         Raises:
             ModelError: the model has other layers or heads.
-            ConfigError: a prompt has a class that was not trained.
+            ConfigError: a prompt has a class that was not trained, or no demonstrations.
         """
+        if not all(one.labels for one in batch.prompts):
+            raise ConfigError("a prompt without demonstrations has no label words to re-weight")
         rows = torch.arange(len(batch.prompts), device=model.device)[:, None]
         places, kinds, there = _columns(batch, model.device)
         if int(kinds.max()) >= self.beta.shape[2]:
@@ -75,6 +76,8 @@ class Reweighter(nn.Module):
                 )
             gain = (self.beta[layer].exp() - 1)[:, kinds].transpose(0, 1) * there[:, None]
             targets = batch.targets - (weights.shape[-1] - weights.shape[-2])
+            if int(targets.min()) < 0:  # a later step of generation
+                return output
             read = weights[rows, :, targets[:, None], places].transpose(1, 2)
             states = value[rows, :, places].transpose(1, 2)
             states = states.repeat_interleave(weights.shape[1] // states.shape[1], 1)
@@ -120,7 +123,7 @@ class Reweighter(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam([self.beta], lr=learning_rate)
         losses = []
-        with frozen(model):
+        with frozen(model), instrument(model, Edit(cached=True)):  # instrumented once for all steps
             groups = batches(prompts, batch_size, device=model.device)
             kept = [_all_but_last(model, batch) for _, batch in groups]
             for _ in progress(range(epochs), "training beta", unit="epochs"):
@@ -146,12 +149,10 @@ class Reweighter(nn.Module):
         return losses
 
     def save(self, folder: Path) -> None:
-        """Write `reweighter.safetensors`, `reweighter.json` and a card; the folder appears whole."""
-        with atomic(folder) as temporary:
-            temporary.mkdir(exist_ok=True)
-            save_file({"beta": self.beta.detach().cpu()}, temporary / TENSORS)
-            write_json(temporary / ABOUT, {"about": self.about})
-            write_text(temporary / "README.md", self.card(folder.name))
+        """Write `reweighter.safetensors`, `reweighter.json` and a card; what else lies there stays."""
+        tensors = {"beta": self.beta.detach().cpu()}
+        write_saved(folder, tensors, TENSORS, {"about": self.about}, ABOUT)
+        write_text(folder / "README.md", self.card(folder.name))
 
     @classmethod
     def load(cls, folder: Path, model: "PreTrainedModel") -> "Reweighter":
@@ -162,6 +163,8 @@ class Reweighter(nn.Module):
             ModelError: it was trained for another model.
         """
         content, tensors = read_saved(folder, ABOUT, TENSORS)
+        if not isinstance(content.get("about"), dict):
+            raise DataError(f"{folder}: {ABOUT} lacks about")
         check_model(folder, content["about"].get("model", {}), model)
         beta = tensors.get("beta")
         if beta is None or beta.ndim != 3:
@@ -178,7 +181,7 @@ class Reweighter(nn.Module):
         lines = [
             f"{key}: {value}"
             for key, value in self.about.items()
-            if key not in ("model", "task", "demonstrations")
+            if key not in ("model", "task", "demonstrations", "trained texts")
         ]
         return f"""# Anchor re-weighting for a {made_by.get("type", "causal")} language model
 

@@ -1,7 +1,8 @@
 """What a command works on: a model, and rows as prompts for it; and where its results go."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ from octavo.runtime import Runtime
 
 from anchors.cache import beginning, prefill
 from anchors.calibrate import calibrations
-from anchors.config import PromptOptions, Task
-from anchors.data import Drawn, draw
+from anchors.config import PromptOptions
+from anchors.data import Drawn, Made, draw
 from anchors.evaluate import Predictions, predict
 from anchors.prompts import Prompt
 from anchors.report import result_report
@@ -38,6 +39,8 @@ class Session:
     tokenizer: "PreTrainedTokenizerBase"
     drawn: Drawn
     prompts: list[Prompt]
+    about: dict[str, Any]
+    run: RunDir | None
 
     @property
     def labels(self) -> list[int]:
@@ -62,7 +65,6 @@ class Session:
         Where the rows or the model do not do for more demonstrations, the reason stands instead.
         """
         shots, seed = self.options.shots, self.runtime.seed
-        cache = prefill(self.model, beginning(self.prompts))
         found: dict[str, Predictions | str] = {f"vanilla, {shots} shot{'s' * (shots > 1)}": vanilla}
         if more_shots:
             try:
@@ -73,35 +75,28 @@ class Session:
                 more = f"left out: {error}"
             found[f"vanilla, {more_shots} shots"] = more
         return found | calibrations(
-            self.model, self.tokenizer, self.drawn, vanilla, cache, longest(self.model), seed,
+            self.model, self.tokenizer, self.drawn, vanilla, longest(self.model), seed,
             self.options.batch_size,
         )  # fmt: skip
 
     def told(
-        self, name: str, tables: Tables, choice: dict[str, Any],
-        save: Callable[[Path], None] | None = None, page: str = "report.html",
-    ) -> Outcome:  # fmt: skip
+        self, tables: Tables, save: Callable[[Path], None] | None = None, page: str = "report.html"
+    ) -> Outcome:
         """The outcome; with --out also its folder: tables, report, and what else is to be saved.
 
         Args:
-            name: of the command.
             tables: what is shown.
-            choice: the command's own options.
             save: writes more into the folder.
             page: what to open in it.
         """
-        out = self.options.out
-        if out is None:
+        if self.run is None:
             return Outcome(tables, note="" if page == "report.html" else f"--out writes {page}")
-        about = {"command": name, "model": self.source} | choice
-        given = options_of(self.options, self.runtime, about)
-        with RunDir.open(out, given, self.options.overwrite) as run:
-            if save:
-                save(out)
-            result = {"about": about | {"data": self.options.data}, "tables": tables}
-            run.write_json("result.json", result)
-            result_report([result]).save(out)
-        return Outcome(tables, note=f"To read: {out / page}")
+        if save:
+            save(self.run.path)
+        result = {"about": self.about | {"data": self.options.data}, "tables": tables}
+        self.run.write_json("result.json", result)
+        result_report([result]).save(self.run.path)
+        return Outcome(tables, note=f"To read: {self.run.path / page}")
 
     def write_predictions(self, file: Path, found: Predictions) -> None:
         """One line for each text: its label, the prediction and the probability of each label word."""
@@ -122,28 +117,36 @@ def longest(model: "PreTrainedModel") -> int:
     return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
+@contextmanager
 def ready(
-    source: str, options: PromptOptions, runtime: Runtime,
-    shown: tuple[Task, list[tuple[str, int]]] | None = None,
-) -> Session:  # fmt: skip
-    """Load a model onto its device, and draw its prompts.
+    command: str, source: str, options: PromptOptions, runtime: Runtime, choice: dict[str, Any],
+    made: Made | None = None,
+) -> Iterator[Session]:  # fmt: skip
+    """Open the run's folder, load a model onto its device, and draw its prompts.
 
     Args:
+        command: what is run.
         source: folder or hub id of a causal language model.
         options: task, rows and sizes.
         runtime: device, precision, seed.
-        shown: a task and demonstrations to use instead of the options'.
+        choice: the command's own options.
+        made: task and demonstrations of a saved cache or adapter, to use instead of the options'.
 
     Raises:
-        OctavoError: something of it is wrong.
+        OctavoError: something of it is wrong, or a finished run lies in the folder.
     """
     from transformers import AutoModelForCausalLM
 
     options.check()
-    task = shown[0] if shown else options.chosen_task()
-    drawn = draw(options, runtime.seed, task, shown[1] if shown else None)
-    device = runtime.start()
-    tokenizer = load_tokenizer(source)
-    model = load_model(AutoModelForCausalLM, source, dtype=runtime.torch_dtype()).to(device)  # pyright: ignore
-    prompts = drawn.prompts(tokenizer, longest(model))
-    return Session(source, options, runtime, model, tokenizer, drawn, prompts)
+    about = {"command": command, "model": source} | choice
+    with ExitStack() as stack:
+        run = None
+        if options.out is not None:
+            given = options_of(options, runtime, about)
+            run = stack.enter_context(RunDir.open(options.out, given, options.overwrite))
+        drawn = draw(options, runtime.seed, made)
+        device = runtime.start()
+        tokenizer = load_tokenizer(source)
+        model = load_model(AutoModelForCausalLM, source, dtype=runtime.torch_dtype()).to(device)  # pyright: ignore
+        prompts = drawn.prompts(tokenizer, longest(model))
+        yield Session(source, options, runtime, model, tokenizer, drawn, prompts, about, run)

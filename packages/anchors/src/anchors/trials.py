@@ -107,9 +107,15 @@ def reweighting(
         count: prompts to judge on.
         seed: of the episodes.
     """
+    draw = random.Random(f"re-weighting/{seed}")
     plain = episodes(world, count, 3, 1, seed + 2000)
     biased = tempted(world, plain, seed)
-    trained = tempted(world, episodes(world, 3 * TRAINED_ON, 3, 1, seed + 3000), seed + 1)
+    several = episodes(world, 3 * TRAINED_ON, 3, 1, seed + 3000)
+    trained = tempted(
+        world,
+        [asked(world, one, 3, draw)[n % 3] for n, one in enumerate(several)],
+        seed + 1,
+    )
 
     def prompts(some: Sequence[Episode]) -> tuple[list[Prompt], list[int]]:
         return [prompt_of(tokenizer, one) for one in some], [one.label for one in some]
@@ -160,7 +166,8 @@ def confusion(
         pairs.append([(found.overall[p], found.real[p]) for p in ((0, 1), (0, 2), (1, 2))])
     values = np.array(pairs)  # [sets, pairs, predicted or real]
     each = np.array([spearmanr(*one.T).statistic for one in values])  # pyright: ignore
-    correlation = float(np.nanmean(each))
+    each = np.where(np.isnan(each), 0.0, each)  # where areas tie, nothing is ranked
+    correlation = float(each.mean())
     rows: Rows = [
         {"pair": name, "distance of anchors": float(values[:, which, 0].mean()),
          "AUC of the two": float(values[:, which, 1].mean())}
@@ -168,7 +175,7 @@ def confusion(
     ]  # fmt: skip
     rows.append(
         {"pair": "rank correlation within a set, mean", "distance of anchors": correlation,
-         "interval": interval(each[~np.isnan(each)])}
+         "interval": interval(each)}
     )  # fmt: skip
     siblings, *others = (float(values[:, which, 0].mean()) for which in range(3))
     return {"spearman": correlation, "siblings": siblings, "no siblings": min(others)}, rows
