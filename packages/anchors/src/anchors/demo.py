@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PROMPTS = {"quick": 200, "full": 400}
 
 #: Sets of demonstrations of the applications' trials.
-SETS = {"quick": 20, "full": 40}
+SETS = {"quick": 12, "full": 40}
 
 #: What the second model is called among the numbers.
 ALONE = "accuracy 3 without the topic loss"
