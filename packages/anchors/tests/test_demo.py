@@ -89,6 +89,7 @@ def finished(tmp_path_factory):
     return run(app, ["demo", "--out", str(out), "--device", "cpu", "--quiet"]), out
 
 
+@pytest.mark.untraced
 def test_the_quick_demo_shows_the_claims(finished, command):
     code, out = finished
     claims = json.loads((out / "claims.json").read_text())["claims"]
@@ -105,6 +106,7 @@ def test_the_quick_demo_shows_the_claims(finished, command):
     assert "holds a finished run" in err
 
 
+@pytest.mark.untraced
 def test_the_applications_fail_under_sabotage(finished, monkeypatch):
     """What compression keeps, what re-weighting learns and what distances tell, each made a no-op."""
     _, out = finished

@@ -1,7 +1,11 @@
 from collections import Counter
+from dataclasses import replace
 
+import torch
 from anchors.demo import world_prompts
-from anchors.world import END, TASKS, WORLDS, episodes, make_tokenizer, topic_words
+from anchors.world import END, TASKS, WORLDS, episodes, make_tokenizer, topic_words, train
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime
 
 WORLD = WORLDS["quick"]
 
@@ -66,3 +70,16 @@ def test_no_class_and_no_place_tells_the_label():
         assert abs(last - 1 / classes) < 0.04
         assert abs(first - 1 / classes) < 0.04
         assert all(len({kind for _, kind in e.demonstrations}) == classes for e in found)
+
+
+def test_a_training_lowers_its_loss_and_repeats(tmp_path):
+    sizes, tokenizer = replace(WORLD, steps=60, batch=4), make_tokenizer(WORLD)
+    weights = []
+    for name in ("one", "two"):
+        run = RunDir.open(tmp_path / name, {})
+        model = train(sizes, tokenizer, Runtime(seed=3, device="cpu"), run)
+        weights.append(torch.cat([one.detach().flatten() for one in model.parameters()]))
+        losses = [line["loss"] for line in run.metrics()]
+        assert len(losses) == 3
+        assert losses[-1] < losses[0] - 0.5
+    assert torch.equal(*weights)
