@@ -1,0 +1,6 @@
+from .generate import LocalGenerator as LocalGenerator
+from .generate import Sampling as Sampling
+from .records import Problem as Problem
+from .records import Solution as Solution
+from .records import StepLabels as StepLabels
+from .steps import StepFormat as StepFormat

@@ -1,0 +1,340 @@
+"""Sampling continuations of many texts at once, on any causal language model of the library.
+
+Each completion has a seed of its own, from which its random numbers are counted: what is sampled for a
+text depends on that seed alone, and neither on the batch it is in nor on when it is asked for. (Batches of
+other shapes may differ in the last bit of a probability; a draw that lies within it may fall otherwise.)
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from octavo.errors import ConfigError, DataError
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How continuations are drawn."""
+
+    temperature: float = 0.7
+    """Of the softmax; 0 takes the likeliest token."""
+
+    top_p: float = 1.0
+    """Least probability mass that a token is drawn from, the likeliest tokens first."""
+
+    max_new_tokens: int = 512
+    """Tokens in the longest continuation."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature {self.temperature}: must be 0 or more, and finite")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p {self.top_p}: must be above 0, and 1 at most")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be continued, once for each seed."""
+
+    text: str
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation.
+
+    Attributes:
+        text: without the text continued.
+        finished: whether it came to an end of its own (the model's end token, not the length limit).
+        tokens: how many were made.
+    """
+
+    text: str
+    finished: bool
+    tokens: int
+
+
+#: Completions of each request, in its seeds' order. Implemented here, in `engines` and by any function.
+Generator = Callable[[Sequence[Request]], list[list[Completion]]]
+
+
+def seed_of(*parts: str | int) -> int:
+    """A seed of 63 bits from what identifies a completion."""
+    words = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "big") >> 1
+
+
+def uniforms(seeds: Sequence[int], count: int) -> Float[np.ndarray, "seeds count"]:
+    """Numbers in [0, 1), counted from each seed (splitmix64: a hash of seed plus position)."""
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    state = np.asarray(seeds, dtype=np.uint64)[:, None] + steps
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+@dataclass(frozen=True)
+class LocalGenerator:
+    """Continues texts with a model in this process.
+
+    Texts are sorted by length and go through in batches; each text is read once for all its
+    completions; rows that have ended are taken out of the batch.
+
+    Attributes:
+        model: a causal language model, in evaluation mode.
+        tokenizer: its own.
+        sampling: how tokens are drawn.
+        rows: continuations made at once.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    sampling: Sampling = Sampling()
+    rows: int = 256
+
+    def __call__(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Completions of each request, in its seeds' order.
+
+        Raises:
+            DataError: a text leaves no room for a token in the model's context.
+        """
+        found: list[list[Completion]] = [[] for _ in requests]
+        prompts = [encode(self.tokenizer, request.text) for request in requests]
+        for batch in _batches(requests, prompts, self.rows):
+            made = continue_tokens(
+                self.model, [prompts[n] for n in batch], [requests[n].seeds for n in batch],
+                self.sampling, end_tokens(self.model, self.tokenizer),
+            )  # fmt: skip
+            texts = iter(self.tokenizer.batch_decode(
+                [one.text_ids for group in made for one in group], skip_special_tokens=False
+            ))  # fmt: skip
+            for n, group in zip(batch, made, strict=True):
+                found[n] = [Completion(next(texts), one.finished, len(one.ids)) for one in group]
+        return found
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """A text's tokens, begun as the tokenizer begins one, and not twice."""
+    begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])  # pyright: ignore
+
+
+def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """The tokens that end a text."""
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    return frozenset(ends)  # pyright: ignore
+
+
+def _batches(
+    requests: Sequence[Request], prompts: Sequence[Sequence[int]], rows: int
+) -> Iterator[list[int]]:
+    """Numbers of requests, the longest texts first, as many together as make `rows` continuations."""
+    batch, size = [], 0
+    for n in sorted(range(len(requests)), key=lambda n: (-len(prompts[n]), n)):
+        if batch and size + len(requests[n].seeds) > rows:
+            yield batch
+            batch, size = [], 0
+        if requests[n].seeds:
+            batch.append(n)
+            size += len(requests[n].seeds)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One continuation's tokens.
+
+    Attributes:
+        ids: with the end token, where there is one.
+        finished: whether there is.
+    """
+
+    ids: list[int]
+    finished: bool
+
+    @property
+    def text_ids(self) -> list[int]:
+        """Without the end token."""
+        return self.ids[:-1] if self.finished else self.ids
+
+
+@torch.inference_mode()
+def continue_tokens(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    ends: frozenset[int],
+) -> list[list[Tokens]]:
+    """Continue each prompt once for each of its seeds, all in one batch.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids.
+        seeds: of each prompt's continuations.
+        sampling: how tokens are drawn.
+        ends: tokens that end a continuation.
+
+    Returns:
+        For each prompt its continuations, in the order of its seeds.
+
+    Raises:
+        DataError: a prompt leaves no room in the model's context.
+    """
+    device = model.device
+    widest = max(map(len, prompts))
+    count = min(sampling.max_new_tokens, context(model) - widest)
+    if count < 1 or not min(map(len, prompts)):
+        raise DataError(
+            f"a text of {widest} tokens leaves no room in the model's context ({context(model)})"
+            if count < 1 else "an empty text cannot be continued"
+        )  # fmt: skip
+    ids = torch.zeros(len(prompts), widest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), widest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, widest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, widest - len(prompt) :] = True
+    ids, mask = ids.to(device), mask.to(device)
+    cache = growing_cache(model)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+        use_cache=True, logits_to_keep=1,
+    ).logits[:, -1]  # fmt: skip
+
+    # one row a continuation from here on
+    source = torch.tensor([row for row, some in enumerate(seeds) for _ in some], device=device)
+    flat = [seed for some in seeds for seed in some]
+    noise = torch.from_numpy(uniforms(flat, count)).to(device, torch.float32)
+    cache.batch_select_indices(source)
+    logits, mask, position = logits[source], mask[source], positions[source, -1]
+    mask = torch.cat([mask, mask.new_ones(len(flat), count)], dim=1)
+    ended = torch.tensor(sorted(ends), device=device)
+    made = torch.zeros(len(flat), count, dtype=torch.long, device=device)
+    length = torch.full((len(flat),), count, device=device)
+    alive = torch.arange(len(flat), device=device)  # the continuation of each row
+    going = torch.ones(len(flat), dtype=torch.bool, device=device)  # rows that have not ended
+    finished = ~going.clone()
+    for step in range(count):
+        tokens = draw(logits, noise[alive, step], sampling)
+        made[alive, step] = tokens
+        now = going & torch.isin(tokens, ended)
+        length[alive[now]] = step + 1
+        finished[alive[now]] = True
+        going &= ~now
+        left = int(going.sum())
+        if not left or step == count - 1:
+            break
+        if left <= 0.75 * len(going):  # copying the cache costs about as much as a step
+            rows = going.nonzero().squeeze(1)
+            cache.batch_select_indices(rows)
+            alive, going, tokens = alive[rows], going[rows], tokens[rows]
+            mask, position = mask[rows], position[rows]
+        position = position + 1
+        seen = mask[:, : widest + step + 1]
+        logits = model(
+            input_ids=tokens[:, None], attention_mask=_step_mask(model, cache, seen),
+            position_ids=position[:, None], past_key_values=cache, use_cache=True,
+        ).logits[:, -1]  # fmt: skip
+    rows = iter(zip(made.tolist(), length.tolist(), finished.tolist(), strict=True))
+    return [
+        [Tokens(ids[:size], done) for ids, size, done in (next(rows) for _ in some)]
+        for some in seeds
+    ]
+
+
+def draw(
+    logits: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, " rows"], sampling: Sampling
+) -> Int[Tensor, " rows"]:
+    """The token of each row at which the cumulative probability passes its random number."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
+    order = None
+    if sampling.top_p < 1:
+        probabilities, order = probabilities.sort(-1, descending=True, stable=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * (before < sampling.top_p)
+    total = probabilities.cumsum(-1)
+    place = torch.searchsorted(total, (noise * total[:, -1])[:, None], right=True)
+    place = place.clamp(max=logits.shape[-1] - 1)
+    return (place if order is None else order.gather(-1, place)).squeeze(-1)
+
+
+def context(model: Any) -> int:
+    """Tokens that a model takes."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def _step_mask(model: Any, cache: Any, mask: Bool[Tensor, "rows seen"]) -> Tensor | None:
+    """The mask of one new token over all seen ones; ready made where all layers see them all."""
+    if mask.all():
+        return None if _plain(cache) else mask
+    if _plain(cache) and model.config._attn_implementation == "sdpa":
+        return mask[:, None, None]
+    return mask
+
+
+def _plain(cache: Any) -> bool:
+    return all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values with room for more, so that a new token is written and nothing copied."""
+
+    room_keys: Tensor
+    room_values: Tensor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the states of new tokens; gives those of all."""
+        seen, new = self.get_seq_length(), key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room_keys = self.room_values = key_states[..., :0, :]
+        if seen + new > self.room_keys.shape[-2]:
+            more = max(64, seen // 2)
+            self.room_keys = torch.cat([*([self.keys] if seen else []), key_states, *self._room(key_states, more)], -2)
+            self.room_values = torch.cat([*([self.values] if seen else []), value_states, *self._room(value_states, more)], -2)
+        else:
+            self.room_keys[..., seen : seen + new, :] = key_states
+            self.room_values[..., seen : seen + new, :] = value_states
+        self.keys = self.room_keys[..., : seen + new, :]
+        self.values = self.room_values[..., : seen + new, :]
+        return self.keys, self.values
+
+    @staticmethod
+    def _room(states: Tensor, more: int) -> list[Tensor]:
+        return [states.new_empty(*states.shape[:-2], more, states.shape[-1])]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, or some of them several times."""
+        if seen := self.get_seq_length():
+            self.room_keys, self.room_values = self.room_keys[indices], self.room_values[indices]
+            self.keys, self.values = self.room_keys[..., :seen, :], self.room_values[..., :seen, :]
+
+
+def growing_cache(model: Any) -> DynamicCache:
+    """The library's cache for this model, its plain layers with room to grow."""
+    cache = DynamicCache(config=model.config)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = GrowingLayer()
+    return cache
