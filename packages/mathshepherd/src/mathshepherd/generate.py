@@ -6,7 +6,6 @@ other shapes may differ in the last bit of a probability; a draw that lies withi
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,34 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from octavo.errors import ConfigError, DataError
+from octavo.errors import DataError
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from mathshepherd.config import Sampling
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How continuations are drawn."""
-
-    temperature: float = 0.7
-    """Of the softmax; 0 takes the likeliest token."""
-
-    top_p: float = 1.0
-    """Least probability mass that a token is drawn from, the likeliest tokens first."""
-
-    max_new_tokens: int = 512
-    """Tokens in the longest continuation."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"--temperature {self.temperature}: must be 0 or more, and finite")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p {self.top_p}: must be above 0, and 1 at most")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -311,8 +290,13 @@ class GrowingLayer(DynamicLayer):
             self.room_keys = self.room_values = key_states[..., :0, :]
         if seen + new > self.room_keys.shape[-2]:
             more = max(64, seen // 2)
-            self.room_keys = torch.cat([*([self.keys] if seen else []), key_states, *self._room(key_states, more)], -2)
-            self.room_values = torch.cat([*([self.values] if seen else []), value_states, *self._room(value_states, more)], -2)
+            self.room_keys = torch.cat(
+                [*([self.keys] if seen else []), key_states, *self._room(key_states, more)], -2
+            )
+            self.room_values = torch.cat(
+                [*([self.values] if seen else []), value_states, *self._room(value_states, more)],
+                -2,
+            )
         else:
             self.room_keys[..., seen : seen + new, :] = key_states
             self.room_values[..., seen : seen + new, :] = value_states

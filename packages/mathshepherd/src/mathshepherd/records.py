@@ -127,7 +127,9 @@ def load_problems(source: str | Path, split: str | None = None) -> list[Problem]
             solution, _, answer = answer.rpartition("####")
         answer = answer.strip() if answer else None
         named = texts["id"] or texts["unique_id"]
-        problem = Problem(named or _key(question), question, answer or None, solution and solution.strip())
+        problem = Problem(
+            named or _key(question), question, answer or None, solution and solution.strip()
+        )
         if problem.id in found:
             if named or found[problem.id].answer != problem.answer:
                 raise DataError(f"{source}, row {number}: the id {problem.id} stands twice")
@@ -212,7 +214,9 @@ def _labels(row: Mapping[str, Any], count: int, where: str) -> StepLabels:
         if values is None and name != "hard":
             continue
         if not isinstance(values, list) or len(values) != count:
-            raise DataError(f"{where}: labels: `{name}` must have one for each of the {count} steps")
+            raise DataError(
+                f"{where}: labels: `{name}` must have one for each of the {count} steps"
+            )
         for one in values:
             if not (one is None or isinstance(one, int | float)) or not good(one):
                 raise DataError(f"{where}: labels: `{name}` holds {one!r}; must be {what}")

@@ -171,7 +171,9 @@ def worked(problems: Sequence[Problem], form: StepFormat) -> list[tuple[str, tup
     return rows
 
 
-def with_answer(steps: Sequence[str], answer: str | None, marker: str = "The answer is:") -> tuple[str, ...]:
+def with_answer(
+    steps: Sequence[str], answer: str | None, marker: str = "The answer is:"
+) -> tuple[str, ...]:
     """The steps, the last one ending in the answer behind the marker, unless it does so already."""
     if answer is None or marker in steps[-1]:
         return tuple(steps)

@@ -23,7 +23,7 @@ FORMAT = StepFormat(numbered=False)
 NAMES = ("Ann", "Bob", "Cid", "Dee", "Eve", "Flo")
 ITEMS = ("pens", "cups", "eggs", "hats", "keys", "nuts")
 SIGNS = {"buys": "+", "finds": "+", "sells": "-", "eats": "-", "gives": "-"}
-FACTORS = {"doubles": 2, "triples": 3, "halves": 2}
+FACTORS = {"doubles": 2, "triples": 3}
 VERBS = (*SIGNS, *FACTORS)
 MARKER = "The answer is:"
 
@@ -35,13 +35,15 @@ class Shop:
     Attributes:
         events: the least and the most after the start value.
         highest: number that a state may reach.
+        operand: the highest that is bought, sold and so on; the least is 2.
         noise: chance that "gives" is done as an addition.
         noise_triples: chance that "triples" is done as doubling.
         clock: all states modulo this number (0: none), so that wrong ways hit right answers by luck.
     """
 
     events: tuple[int, int] = (4, 6)
-    highest: int = 60
+    highest: int = 30
+    operand: int = 5
     noise: float = 0.6
     noise_triples: float = 0.45
     clock: int = 0
@@ -66,7 +68,9 @@ def step_of(shop: Shop, state: int, verb: str, number: int) -> tuple[str, int]:
     """The step that an event asks for, and the state after it."""
     sign = SIGNS.get(verb) or ("/" if verb == "halves" else "*")
     number = number or FACTORS[verb]
-    new = {"+": state + number, "-": state - number, "*": state * number, "/": state // number}[sign]
+    new = {"+": state + number, "-": state - number, "*": state * number, "/": state // number}[
+        sign
+    ]
     new = new % shop.clock if shop.clock else new
     return f"{state} {sign} {number} = {new}", new
 
@@ -79,12 +83,14 @@ def _fits(shop: Shop, state: int, new: int, verb: str) -> bool:
 
 def draw_tale(shop: Shop, draw: random.Random) -> Tale:
     """A problem whose states all lie in the world."""
-    start = state = draw.randrange(shop.clock) if shop.clock else draw.randint(3, 40)
+    start = state = (
+        draw.randrange(shop.clock) if shop.clock else draw.randint(3, shop.highest * 2 // 3)
+    )
     events: list[tuple[str, int]] = []
     wanted = draw.randint(*shop.events)
     while len(events) < wanted:
         verb = draw.choice(VERBS)
-        number = draw.randint(2, 6) if verb in SIGNS else 0
+        number = draw.randint(2, shop.operand) if verb in SIGNS else 0
         new = step_of(shop, state, verb, number)[1]
         if _fits(shop, state, new, verb):
             events.append((verb, number))
@@ -156,7 +162,9 @@ class World:
 
     def with_truth(self, solution: Solution) -> Solution:
         """The solution with the true quality of its steps."""
-        return replace(solution, truth=truth(self.shop, self.tales[solution.problem], solution.steps))
+        return replace(
+            solution, truth=truth(self.shop, self.tales[solution.problem], solution.steps)
+        )
 
 
 def make_world(shop: Shop, demonstrations: int, pool: int, test: int, dev: int, seed: int) -> World:
@@ -171,7 +179,9 @@ def make_world(shop: Shop, demonstrations: int, pool: int, test: int, dev: int, 
             drawn[tale] = next(wanted)
     tales = {name: tale for tale, name in drawn.items()}
     problems = {
-        name: Problem(name, tale.question(), answer_of(solve(shop, tale)), "\n".join(solve(shop, tale)))
+        name: Problem(
+            name, tale.question(), answer_of(solve(shop, tale)), "\n".join(solve(shop, tale))
+        )
         for name, tale in tales.items()
     }
     shown = [
@@ -199,7 +209,9 @@ def make_tokenizer(shop: Shop) -> "PreTrainedTokenizerFast":
     signs = [*".?:+-*/="]
     pieces = ["[PAD]", "<|endoftext|>", "[UNK]", "\n", *words, *(f" {word}" for word in words), *signs,
               *(f" {sign}" for sign in signs)]  # fmt: skip
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(pieces)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre.Split(Regex(r" ?\d+| ?[^\W\d]+| ?[^\w\s]|\n"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

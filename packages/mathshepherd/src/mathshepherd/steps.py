@@ -38,6 +38,9 @@ class StepFormat:
     numbered: bool = True
     """Put "Step 1: " before a step that has no number."""
 
+    plain: bool = False
+    """The generator itself writes no tags: its steps end where the joiner stands."""
+
     def __post_init__(self) -> None:
         if self.prompt.count("{question}") != 1:
             raise ConfigError(f"--prompt {self.prompt!r}: must hold {{question}} once")
@@ -59,7 +62,7 @@ class StepFormat:
         return self.prompt.replace("{question}", question.strip()).rstrip(" ")
 
     def prefix(self, question: str, steps: Sequence[str] = ()) -> str:
-        """Question and steps with a tag behind each: what a generator continues, a reward model reads.
+        """Question and steps with a tag behind each: what a reward model reads.
 
         Args:
             question: without the prompt.
@@ -73,6 +76,18 @@ class StepFormat:
             return text
         numbered = [f"{step} {self.tag}" for step in self.numbered_steps(steps)]
         return text + ("" if text[-1:].isspace() else " ") + self.joiner.join(numbered)
+
+    def to_continue(self, question: str, steps: Sequence[str] = ()) -> str:
+        """What a generator continues: as `prefix`, without tags where it writes none.
+
+        Raises:
+            DataError: as `prefix`.
+        """
+        if not (self.plain and steps):
+            return self.prefix(question, steps)
+        text = self.question(question)
+        lines = self.joiner.join(self.numbered_steps(steps))
+        return text + ("" if text[-1:].isspace() else " ") + lines + self.joiner
 
     def numbered_steps(self, steps: Sequence[str]) -> list[str]:
         """The steps, each with its number before it where that is wanted and it has none.

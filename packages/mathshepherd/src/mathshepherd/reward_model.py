@@ -1,0 +1,313 @@
+"""Reward models: a score in [0, 1] for each step, read at its tag, of any causal language model.
+
+The verdict stands at the tag's own place (section 1.5): the hidden state where the tag is the input gives
+two logits, of the words "good" and "bad", and their softmax is the score. The verdict itself is never
+written into the input, and no later token is seen. A linear head may take the two words' place.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from octavo.console import counter
+from octavo.errors import DataError, ModelError
+from octavo.models import load_model, load_tokenizer, save_model
+from octavo.rundir import atomic, write_json
+from torch import Tensor, nn
+
+from mathshepherd.generate import context, encode
+from mathshepherd.records import Solution
+from mathshepherd.steps import StepFormat, StepTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Readout = Literal["tokens", "head"]
+Scope = Literal["steps", "outcome"]
+
+#: The file that makes a folder of a causal language model one of a reward model.
+CARD = "step_reward.json"
+HEAD = "step_head.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a reward model reads, and how.
+
+    Attributes:
+        readout: two rows of the output matrix (`tokens`), or a head of its own (`head`).
+        scope: whether its scores are of steps, or the last one of the whole solution (an ORM).
+        form: how solutions are written for it.
+    """
+
+    readout: Readout = "tokens"
+    scope: Scope = "steps"
+    form: StepFormat = StepFormat()
+
+
+class StepRewardModel(nn.Module):
+    """A causal language model read at the tags.
+
+    Args:
+        model: the language model.
+        tokenizer: its own, in which tag and verdicts are one token each.
+        reading: what is read.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        reading: Reading = Reading(),
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.reading = model, tokenizer, reading
+        self.words = StepTokens.of(tokenizer, reading.form)
+        self.head: nn.Linear | None = None
+        if reading.readout == "head":
+            self.head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+            self.head.to(model.device)
+        self.exact = self.head is not None or _two_rows_tell(model, self.words)
+
+    @classmethod
+    def load(
+        cls, source: str | Path, *, device: "torch.device | str" = "cpu", dtype: Any = None
+    ) -> "StepRewardModel":
+        """A reward model that `save` wrote, or any causal language model with the default reading.
+
+        Args:
+            source: folder or hub id; a run's folder holds it in `model`.
+            device: where it computes.
+            dtype: of its weights; the checkpoint's own by default.
+
+        Raises:
+            ModelError: there is none, or its tokenizer has no single token for the tag or a verdict.
+        """
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+
+        folder = model_folder(source)
+        reading = Reading()
+        if (Path(folder) / CARD).is_file():
+            try:
+                content = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
+                form = StepFormat(**content.pop("form"))
+                reading = Reading(**content, form=form)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ModelError(f"{folder}: cannot read its {CARD} ({error})") from None
+        tokenizer = load_tokenizer(folder)
+        model = load_model(AutoModelForCausalLM, folder, dtype=dtype or "auto")
+        reward = cls(model, tokenizer, reading)
+        if reward.head is not None:
+            try:
+                reward.head.load_state_dict(load_file(Path(folder) / HEAD))
+            except (OSError, RuntimeError, KeyError) as error:
+                raise ModelError(f"{folder}: cannot read its {HEAD} ({error})") from None
+        return reward.to(device).eval()
+
+    def save(self, folder: Path) -> None:
+        """Write the model, its tokenizer and what is read; the folder appears whole (rank 0 alone)."""
+        from octavo.runtime import is_main
+        from safetensors.torch import save_file
+
+        if not is_main():
+            return
+        with atomic(folder) as temporary:
+            save_model(temporary, self.model, self.tokenizer)
+            content = asdict(self.reading)
+            write_json(temporary / CARD, content)
+            if self.head is not None:
+                save_file(self.head.state_dict(), temporary / HEAD)
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """The weights, tied ones once: safetensors, of which checkpoints are made, hold none twice."""
+        found = super().state_dict(*args, **options)
+        seen: set[int] = set()
+        for name, weight in list(found.items()):
+            if weight.data_ptr() in seen and weight.numel():
+                del found[name]
+            seen.add(weight.data_ptr())
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.device
+
+    def forward(
+        self, input_ids: Int[Tensor, "rows seq"], attention_mask: Int[Tensor, "rows seq"],
+        where: Bool[Tensor, "rows seq"],
+    ) -> Float[Tensor, " tags"]:  # fmt: skip
+        """Logits of "good" against "bad" at chosen places: their sigmoid is the score.
+
+        Only the states at these places are multiplied, and by two rows of the output matrix: neither
+        memory nor time grows with the vocabulary.
+
+        Args:
+            input_ids: solutions with tags.
+            attention_mask: 0 where a row is padded.
+            where: the tags to read.
+
+        Returns:
+            One logit a tag, row by row.
+        """
+        if not self.exact:
+            logits = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).logits[where].float()  # fmt: skip
+            return logits[:, self.words.good] - logits[:, self.words.bad]
+        states = self.model.get_decoder()(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state[where]  # fmt: skip
+        if self.head is not None:
+            return self.head(states.float()).squeeze(-1)
+        return two_rows(self.model, states, self.words)
+
+    def step_scores(
+        self,
+        questions: Sequence[str],
+        solutions: Sequence[Sequence[str]],
+        *,
+        batch_tokens: int = 16384,
+    ) -> list[np.ndarray]:
+        """Scores of each solution's steps, one pass a solution.
+
+        The longest go first, in batches of about equal length; the same text is read once.
+
+        Args:
+            questions: one for each solution.
+            solutions: steps without tags.
+            batch_tokens: tokens in one batch, padding included.
+
+        Returns:
+            For each solution an array [steps] of float32 in [0, 1]. Of an outcome reward model the
+            last one is the solution's score.
+
+        Raises:
+            DataError: a solution is blank, holds the tag, or is longer than the model's context.
+            ModelError: a score is NaN.
+        """
+        texts = [
+            self.reading.form.prefix(question, steps)
+            for question, steps in zip(questions, solutions, strict=True)
+        ]
+        for number, steps in enumerate(solutions):
+            if not steps:
+                raise DataError(f"solution {number}: has no steps to score")
+        numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+        rows = [encode(self.tokenizer, text) for text in numbers]
+        counts = dict(zip(texts, map(len, solutions), strict=True))
+        found: list[np.ndarray] = [np.empty(0)] * len(rows)
+        with torch.inference_mode(), counter("scoring", len(rows), "solutions") as advance:
+            for batch in token_batches([len(row) for row in rows], batch_tokens):
+                scores = self.score_tokens([rows[n] for n in batch])
+                for n, one in zip(batch, scores, strict=True):
+                    found[n] = one.cpu().numpy()
+                advance(len(batch))
+        for text, n in numbers.items():
+            if len(found[n]) != counts[text]:
+                raise ModelError(
+                    f"{counts[text]} steps and {len(found[n])} tags: the tokenizer joins "
+                    f"{self.reading.form.tag!r} with its neighbours; name another --tag"
+                )
+            if not np.isfinite(found[n]).all():
+                raise ModelError("a score is NaN: the model is broken, or its precision too low")
+        return [found[numbers[text]] for text in texts]
+
+    def score_tokens(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Scores at the tags of ready token sequences.
+
+        Raises:
+            DataError: one is longer than the model's context.
+        """
+        if (widest := max(map(len, rows))) > context(self.model):
+            raise DataError(
+                f"a solution of {widest} tokens does not fit the model's context "
+                f"({context(self.model)}); nothing is cut: leave it out"
+            )
+        ids, mask = pad(rows, self.device)
+        where = (ids == self.words.tag) & mask.bool()
+        scores = torch.sigmoid(self(ids, mask, where))
+        return list(scores.split(where.sum(-1).tolist()))
+
+
+def model_folder(source: str | Path) -> str:
+    """The folder of a model: the one named, or `model` in a run's."""
+    inside = Path(source) / "model"
+    return str(inside if inside.is_dir() else source)
+
+
+def pad(rows: Sequence[Sequence[int]], device: Any = "cpu") -> tuple[Tensor, Tensor]:
+    """Token rows as one batch padded on the right, and its mask."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)] = torch.tensor(row)
+        mask[n, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def token_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers of rows, longest first, as many together as stay below `most` tokens with padding."""
+    batch: list[int] = []
+    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(n)
+    if batch:
+        yield batch
+
+
+def two_rows(
+    model: Any, states: Float[Tensor, "tags width"], words: StepTokens
+) -> Float[Tensor, " tags"]:
+    """The difference of two logits from the last hidden states, by two rows of the output matrix."""
+    output = model.get_output_embeddings()
+    rows = output.weight[[words.good, words.bad]].float()
+    logits = states.float() @ rows.T
+    if getattr(output, "bias", None) is not None:
+        logits = logits + output.bias[[words.good, words.bad]].float()
+    if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits[:, 0] - logits[:, 1]
+
+
+@torch.inference_mode()
+def _two_rows_tell(model: Any, words: StepTokens) -> bool:
+    """Whether two rows of the output matrix give the model's own logits (some scale them afterwards)."""
+    ids = torch.tensor([[words.good, words.tag, words.bad]], device=model.device)
+    training = model.training
+    model.eval()
+    try:
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        short = two_rows(model, states, words)
+    except (AttributeError, TypeError):
+        return False
+    finally:
+        model.train(training)
+    return torch.allclose(own[:, words.good] - own[:, words.bad], short, rtol=1e-2, atol=1e-2)
+
+
+def score_solutions(
+    reward: StepRewardModel, solutions: Sequence[Solution], batch_tokens: int = 16384
+) -> list[np.ndarray]:
+    """Scores of solutions' steps; see `StepRewardModel.step_scores`."""
+    return reward.step_scores(
+        [one.question for one in solutions],
+        [one.steps for one in solutions],
+        batch_tokens=batch_tokens,
+    )
+
+
+#: What gives scores of steps, wherever they come from.
+Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], list[np.ndarray]]
