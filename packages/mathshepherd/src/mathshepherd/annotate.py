@@ -1,8 +1,8 @@
 """Labels of steps by rollouts: a step is as good as the share of completions from it that are right.
 
-All inner prefixes of all solutions stand in one queue, each once (section 5.2b). Rounds of completions go over those
-that are still undecided: a hard label is decided by the first hit, a soft one by all N. The number of a
-completion decides its seed, so that neither the rounds nor a kill change what is sampled.
+All inner prefixes of all solutions stand in one queue, each once. Rounds of completions go over those
+that are still undecided: a hard label is decided by the first hit, a soft one by all N. The number of
+a completion decides its seed, so that neither the rounds nor a kill change what is sampled.
 """
 
 import hashlib

@@ -1,13 +1,14 @@
 """Sampling continuations of many texts at once, on any causal language model of the library.
 
-Each completion has a seed of its own, from which its random numbers are counted: what is sampled for a
-text depends on that seed alone, and neither on the batch it is in nor on when it is asked for. (Batches of
-other shapes may differ in the last bit of a probability; a draw that lies within it may fall otherwise.)
+Each completion has a seed of its own, from which its random numbers are counted: what is sampled for
+a text depends on that seed alone, and neither on the batch it is in nor on when it is asked for.
+(Batches of other shapes may differ in the last bit of a probability; a draw that lies within it may
+fall otherwise.)
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class LocalGenerator:
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     rows: int = 256
 
     def __call__(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -115,8 +116,8 @@ def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
     """The tokens that end a text."""
     config = getattr(model, "generation_config", None)
     ids = getattr(config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-    return frozenset(ends)  # pyright: ignore
+    ends: list[Any] = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    return frozenset(one for one in ends if one is not None)
 
 
 def _batches(
@@ -247,7 +248,7 @@ def draw(
     probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
     order = None
     if sampling.top_p < 1:
-        probabilities, order = probabilities.sort(-1, descending=True, stable=True)
+        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities * (before < sampling.top_p)
     total = probabilities.cumsum(-1)
@@ -287,32 +288,30 @@ class GrowingLayer(DynamicLayer):
         seen, new = self.get_seq_length(), key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.room_keys = self.room_values = key_states[..., :0, :]
+            self.room_keys = key_states[..., :0, :]
+            self.room_values = value_states[..., :0, :]
         if seen + new > self.room_keys.shape[-2]:
-            more = max(64, seen // 2)
-            self.room_keys = torch.cat(
-                [*([self.keys] if seen else []), key_states, *self._room(key_states, more)], -2
-            )
-            self.room_values = torch.cat(
-                [*([self.values] if seen else []), value_states, *self._room(value_states, more)],
-                -2,
-            )
-        else:
-            self.room_keys[..., seen : seen + new, :] = key_states
-            self.room_values[..., seen : seen + new, :] = value_states
+            size = seen + new + max(64, seen // 2)
+            self.room_keys = _wider(self.room_keys, seen, size)
+            self.room_values = _wider(self.room_values, seen, size)
+        self.room_keys[..., seen : seen + new, :] = key_states
+        self.room_values[..., seen : seen + new, :] = value_states
         self.keys = self.room_keys[..., : seen + new, :]
         self.values = self.room_values[..., : seen + new, :]
         return self.keys, self.values
-
-    @staticmethod
-    def _room(states: Tensor, more: int) -> list[Tensor]:
-        return [states.new_empty(*states.shape[:-2], more, states.shape[-1])]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, or some of them several times."""
         if seen := self.get_seq_length():
             self.room_keys, self.room_values = self.room_keys[indices], self.room_values[indices]
             self.keys, self.values = self.room_keys[..., :seen, :], self.room_values[..., :seen, :]
+
+
+def _wider(room: Tensor, seen: int, size: int) -> Tensor:
+    """Room for `size` tokens, the first `seen` of them as they were."""
+    new = room.new_empty(*room.shape[:-2], size, room.shape[-1])
+    new[..., :seen, :] = room[..., :seen, :]
+    return new
 
 
 def growing_cache(model: Any) -> DynamicCache:

@@ -114,7 +114,7 @@ def load_problems(source: str | Path, split: str | None = None) -> list[Problem]
         DataError: a column or value is missing, or two problems have the same id.
     """
     names = ("id", "unique_id", "question", "problem", "answer", "final_answer", "solution")
-    columns = dict.fromkeys(names, str | int | float | None)
+    columns: dict[str, Any] = dict.fromkeys(names, str | int | float | None)
     found: dict[str, Problem] = {}
     repeated = 0
     for number, row in enumerate(iter_rows(source, columns, split), 1):

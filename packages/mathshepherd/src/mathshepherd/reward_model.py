@@ -1,13 +1,13 @@
 """Reward models: a score in [0, 1] for each step, read at its tag, of any causal language model.
 
-The verdict stands at the tag's own place (section 1.5): the hidden state where the tag is the input gives
-two logits, of the words "good" and "bad", and their softmax is the score. The verdict itself is never
-written into the input, and no later token is seen. A linear head may take the two words' place.
+The verdict stands at the tag's own place: the hidden state where the tag is the input gives two logits,
+of the words "good" and "bad", and their softmax is the score. The verdict itself is never written into
+the input, and no later token is seen. A linear head may take the two words' place.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,7 +47,7 @@ class Reading:
 
     readout: Readout = "tokens"
     scope: Scope = "steps"
-    form: StepFormat = StepFormat()
+    form: StepFormat = field(default_factory=StepFormat)
 
 
 class StepRewardModel(nn.Module):

@@ -53,8 +53,8 @@ def open_generator(
     tokenizer = load_tokenizer(source)
     model = load_model(AutoModelForCausalLM, source, dtype=torch.float32)
     if words and add_words(tokenizer, form):
-        rows = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])  # pyright: ignore
-        model.resize_token_embeddings(rows)
+        weight: Any = model.get_input_embeddings().weight
+        model.resize_token_embeddings(max(len(tokenizer), weight.shape[0]))
     StepTokens.of(tokenizer, form)
     return model, tokenizer
 
@@ -72,7 +72,7 @@ def encode_solution(
     found: Any = tokenizer(text, add_special_tokens=not begun, return_offsets_mapping=True)
     length = len(form.question(question))
     start = next(n for n, (a, b) in enumerate(found["offset_mapping"]) if a >= length and b > a)
-    return Encoded([*found["input_ids"], tokenizer.eos_token_id], start)
+    return Encoded([*found["input_ids"], int(str(tokenizer.eos_token_id))], start)
 
 
 def encode_all(

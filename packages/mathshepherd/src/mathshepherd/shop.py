@@ -1,9 +1,10 @@
 """The toy shop: word problems whose every step can be checked, and a demonstrator with misconceptions.
 
-"Ann has 23 pens. buys 4. gives 3. doubles them. How many?" is solved by one step an event. Who writes the
-demonstrations often adds where "gives" asks to subtract, and often doubles where "triples" is asked for; all else is
-right. A model trained on them is wrong in a way that majority voting cannot mend, while it still takes
-the right step often enough for rollouts, rerankers and reinforcement to find it: that is by construction.
+"Ann has 23 pens. buys 4. gives 3. doubles them. How many?" is solved by one step an event. Who writes
+the demonstrations often adds where "gives" asks to subtract, and often doubles where "triples" is asked
+for; all else is right. A model trained on them is wrong in a way that majority voting cannot mend, while
+it still takes the right step often enough for rollouts, rerankers and reinforcement to find it: that is
+by construction.
 """
 
 import random
@@ -17,8 +18,8 @@ from mathshepherd.steps import StepFormat
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-#: Steps without numbers, which would be a third of all tokens here.
-FORMAT = StepFormat(numbered=False)
+#: Steps in one line and without numbers: "23 + 4 = 27 ки 27 - 3 = 24 ки", for speed.
+FORMAT = StepFormat(numbered=False, joiner=" ")
 
 NAMES = ("Ann", "Bob", "Cid", "Dee", "Eve", "Flo")
 ITEMS = ("pens", "cups", "eggs", "hats", "keys", "nuts")
@@ -66,19 +67,14 @@ class Tale:
 
 def step_of(shop: Shop, state: int, verb: str, number: int) -> tuple[str, int]:
     """The step that an event asks for, and the state after it."""
-    sign = SIGNS.get(verb) or ("/" if verb == "halves" else "*")
-    number = number or FACTORS[verb]
-    new = {"+": state + number, "-": state - number, "*": state * number, "/": state // number}[
-        sign
-    ]
+    sign, number = SIGNS.get(verb, "*"), number or FACTORS[verb]
+    new = {"+": state + number, "-": state - number, "*": state * number}[sign]
     new = new % shop.clock if shop.clock else new
     return f"{state} {sign} {number} = {new}", new
 
 
-def _fits(shop: Shop, state: int, new: int, verb: str) -> bool:
-    if verb == "halves" and state % 2:
-        return False
-    return shop.clock > 0 or 1 <= new <= shop.highest
+def _fits(shop: Shop, state: int) -> bool:
+    return shop.clock > 0 or 1 <= state <= shop.highest
 
 
 def draw_tale(shop: Shop, draw: random.Random) -> Tale:
@@ -92,7 +88,7 @@ def draw_tale(shop: Shop, draw: random.Random) -> Tale:
         verb = draw.choice(VERBS)
         number = draw.randint(2, shop.operand) if verb in SIGNS else 0
         new = step_of(shop, state, verb, number)[1]
-        if _fits(shop, state, new, verb):
+        if _fits(shop, new):
             events.append((verb, number))
             state = new
     return Tale(draw.choice(NAMES), draw.choice(ITEMS), start, tuple(events))
@@ -121,9 +117,9 @@ def _steps(
 ) -> tuple[str, ...] | None:
     """The steps where each event is done as another one; None where that leads out of the world."""
     steps = []
-    for verb, number, done in events:
+    for _, number, done in events:
         text, new = step_of(shop, state, done, number)
-        if not _fits(shop, state, new, verb):
+        if not _fits(shop, new):
             return None
         steps.append(text)
         state = new
@@ -180,7 +176,10 @@ def make_world(shop: Shop, demonstrations: int, pool: int, test: int, dev: int, 
     tales = {name: tale for tale, name in drawn.items()}
     problems = {
         name: Problem(
-            name, tale.question(), answer_of(solve(shop, tale)), "\n".join(solve(shop, tale))
+            name,
+            tale.question(),
+            answer_of(solve(shop, tale)),
+            " ".join(f"{step} {FORMAT.tag}" for step in solve(shop, tale)),
         )
         for name, tale in tales.items()
     }
@@ -204,15 +203,13 @@ def make_tokenizer(shop: Shop) -> "PreTrainedTokenizerFast":
     from tokenizers import pre_tokenizers as pre
     from transformers import PreTrainedTokenizerFast
 
-    words = ["has", "them", "How", "many", *NAMES, *ITEMS, *VERBS, "The", "answer",
-             "is", FORMAT.tag, *map(str, range(max(shop.highest, shop.clock) + 1))]  # fmt: skip
-    signs = [*".?:+-*/="]
-    pieces = ["[PAD]", "<|endoftext|>", "[UNK]", "\n", *words, *(f" {word}" for word in words), *signs,
-              *(f" {sign}" for sign in signs)]  # fmt: skip
+    words = ["has", "them", "How", "many", *ITEMS, *VERBS, "The", "answer", "is", FORMAT.tag,
+             *map(str, range(max(shop.highest, shop.clock) + 1)), *"+-*="]  # fmt: skip
+    pieces = ["[PAD]", "<|endoftext|>", "[UNK]", *NAMES, *".?:", *(f" {word}" for word in words)]
     tokenizer = Tokenizer(
         models.WordLevel({word: n for n, word in enumerate(pieces)}, unk_token="[UNK]")
     )
-    tokenizer.pre_tokenizer = pre.Split(Regex(r" ?\d+| ?[^\W\d]+| ?[^\w\s]|\n"), "isolated")
+    tokenizer.pre_tokenizer = pre.Split(Regex(r" ?\d+| ?[^\W\d]+| ?[^\w\s]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="<|endoftext|>", unk_token="[UNK]",

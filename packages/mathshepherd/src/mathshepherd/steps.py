@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.errors import ConfigError, DataError, ModelError
+from octavo.rundir import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,9 +19,9 @@ _NUMBERED = re.compile(r"^[ \t]*Step\s+\d+\s*:", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True)
 class StepFormat:
-    """How a solution is written: question, steps, and a tag behind each step.
+    r"""How a solution is written: question, steps, and a tag behind each step.
 
-    The defaults are the released data's: "... how many? Step 1: ... ки\\nStep 2: ... ки".
+    The defaults are the released data's: "... how many? Step 1: ... ки\nStep 2: ... ки".
     """
 
     prompt: str = "{question}"
@@ -115,10 +119,34 @@ class StepFormat:
             pieces = text.split(self.tag)
         elif _NUMBERED.search(text):
             starts = [0, *(match.start() for match in _NUMBERED.finditer(text)), len(text)]
-            pieces = [text[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+            pieces = [text[a:b] for a, b in pairwise(starts)]
         else:
             pieces = text.split(self.joiner)
         return tuple(piece.strip() for piece in pieces if piece.strip())
+
+
+#: The file beside a generator's weights that tells how it writes solutions.
+FORMAT_FILE = "step_format.json"
+
+
+def saved_format(source: str, given: StepFormat) -> StepFormat:
+    """The format given, or, where that is the default, the one saved beside a model.
+
+    Raises:
+        ModelError: the file beside the model is damaged.
+    """
+    file = Path(source) / FORMAT_FILE
+    if given != StepFormat() or not file.is_file():
+        return given
+    try:
+        return StepFormat(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read ({error})") from None
+
+
+def save_format(folder: Path, form: StepFormat) -> None:
+    """Write a format beside a model's weights."""
+    write_json(folder / FORMAT_FILE, asdict(form))
 
 
 @dataclass(frozen=True)

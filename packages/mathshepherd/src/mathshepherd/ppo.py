@@ -1,0 +1,732 @@
+"""Reinforcement step by step: PPO whose reward stands at the end of every step (section 3.5).
+
+Each iteration samples responses, scores their steps on the very tokens that were sampled, makes rewards
+of tokens and advantages of them, and updates the policy a few times. Under torchrun or accelerate each
+process samples and scores its share; all see the whole batch, so that one process gives the same
+updates.
+"""
+
+import copy
+import logging
+import math
+import random
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from octavo.console import counter
+from octavo.errors import ConfigError, ModelError
+from octavo.models import quiet_library
+from octavo.rundir import RunDir, atomic
+from octavo.runtime import Runtime, is_main, rank, seed_everything, world_size
+from torch import Tensor, nn
+
+from mathshepherd.aggregate import aggregate
+from mathshepherd.answers import equivalent, extract
+from mathshepherd.config import PPOConfig, Sampling, Shaping
+from mathshepherd.generate import Tokens, continue_tokens, encode, end_tokens, seed_of
+from mathshepherd.monitor import Alarm, alarm
+from mathshepherd.records import Problem
+from mathshepherd.reward_model import StepRewardModel, pad, token_batches
+from mathshepherd.rewards import final_rewards, gae, grpo, rloo, step_rewards, whiten
+from mathshepherd.sample import Grader
+from mathshepherd.steps import StepFormat, StepTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Response:
+    """What was sampled for a question, and what was found out about it.
+
+    Attributes:
+        prompt: its tokens.
+        ids: the response's, with the end token where there is one.
+        ends: the token each step ends with.
+        scores: of the steps.
+        right: whether the answer is; None where that is not known.
+        answered: whether it has one and came to its end.
+        old: log-probability of each token under the policy that sampled it.
+        reference: the same under the reference policy.
+        values: the critic's, before each token.
+    """
+
+    prompt: list[int]
+    ids: list[int]
+    ends: list[int]
+    scores: list[float]
+    right: bool | None
+    answered: bool
+    old: Tensor = field(default_factory=lambda: torch.empty(0))
+    reference: Tensor = field(default_factory=lambda: torch.empty(0))
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Reinforced:
+    """A trained policy.
+
+    Attributes:
+        policy: in evaluation mode.
+        history: the checks, by iteration.
+        stopped: why it stopped early; empty where it did not.
+        iteration: the one whose policy this is; after an early stop the best one on held-out questions.
+    """
+
+    policy: Any
+    history: list[dict[str, Any]]
+    stopped: str
+    iteration: int
+
+
+class Actor(nn.Module):
+    """A policy, with a critic's head on it where they share the model."""
+
+    def __init__(self, model: "PreTrainedModel", head: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.head = _value_head(model) if head else None
+
+    def forward(
+        self, ids: Int[Tensor, "rows seq"], mask: Int[Tensor, "rows seq"],
+        places: Int[Tensor, "rows length"], tokens: Int[Tensor, "rows length"], temperature: float,
+    ) -> tuple[Float[Tensor, "rows length"], Float[Tensor, "rows length"], Tensor | None]:  # fmt: skip
+        """Log-probabilities of tokens, the entropy there, and the values before them.
+
+        Args:
+            ids: prompts and responses.
+            mask: 0 where a row is padded.
+            places: where each token of the response is predicted, the one before it.
+            tokens: of the responses.
+            temperature: they are sampled at.
+        """
+        shared = self.head is not None
+        found = self.model(
+            input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=shared
+        )
+        index = places[..., None]
+        logits = found.logits.gather(1, index.expand(-1, -1, found.logits.shape[-1])).float()
+        logs = (logits / temperature).log_softmax(-1)
+        entropy = -(logs.exp() * logs).sum(-1)
+        values = None
+        if self.head is not None:
+            states = found.hidden_states[-1]
+            states = states.gather(1, index.expand(-1, -1, states.shape[-1]))
+            values = self.head(states.float()).squeeze(-1)
+        return logs.gather(-1, tokens[..., None]).squeeze(-1), entropy, values
+
+
+class Critic(nn.Module):
+    """A model of its own that tells what a response will be worth."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        super().__init__()
+        self.model = model.get_decoder()
+        self.head = _value_head(model)
+
+    def forward(
+        self, ids: Int[Tensor, "rows seq"], mask: Int[Tensor, "rows seq"],
+        places: Int[Tensor, "rows length"],
+    ) -> Float[Tensor, "rows length"]:  # fmt: skip
+        """Values before the tokens that are predicted at `places`."""
+        states = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+        return self.head(states.float()).squeeze(-1)
+
+
+def _value_head(model: "PreTrainedModel") -> nn.Linear:
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head.to(model.device)
+
+
+def reinforce(
+    policy: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: Sequence[Problem],
+    reward: StepRewardModel | None,
+    run: RunDir,
+    config: PPOConfig = PPOConfig(),
+    shaping: Shaping = Shaping(),
+    form: StepFormat = StepFormat(),
+    runtime: Runtime = Runtime(),
+    dev: Sequence[Problem] = (),
+    limits: Alarm | None = Alarm(),
+    grade: Grader = equivalent,
+) -> Reinforced:
+    """Train a policy on the rewards of its own steps; a run that was killed goes on from its checkpoint.
+
+    Args:
+        policy: changed in place.
+        tokenizer: its own.
+        problems: whose questions are answered; answers are needed for `answer_weight` alone.
+        reward: process or outcome reward model; None for the answers' reward alone.
+        run: gets the metrics, and the checkpoints meanwhile.
+        config: the optimisation.
+        shaping: scores to rewards; of an outcome model the last score is taken.
+        form: how responses are written.
+        runtime: seed, device, precision.
+        dev: held-out questions the run is watched on.
+        limits: when it is stopped; None for never.
+        grade: tells a right answer.
+
+    Raises:
+        ConfigError: options do not fit each other.
+        DataError: a question leaves no room for a response.
+        ModelError: the policy's weights became NaN.
+    """
+    from accelerate import Accelerator
+
+    _check(problems, reward, config, shaping)
+    if reward is not None and reward.reading.scope == "outcome":
+        shaping = replace(shaping, shaping="last")
+    device = runtime.torch_device()
+    seed_everything(runtime.seed)
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(runtime.torch_dtype(), "no")
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    trainer = _Trainer(
+        policy, tokenizer, reward, run, config, shaping, form, runtime.seed, grade, accelerator
+    )
+    first, history, best = trainer.resume()
+    stopped = ""
+    with counter("reinforcing", config.iterations, "iterations") as advance:
+        advance(first)
+        for iteration in range(first, config.iterations):
+            if iteration % config.monitor_every == 0 and dev:
+                stopped = trainer.check(iteration, dev, history, limits)
+                best = trainer.keep_best(history, best)
+                if stopped:
+                    break
+            trainer.iterate(iteration, problems)
+            if (iteration + 1) % config.save_every == 0:
+                trainer.save(iteration + 1, history, best)
+            advance(1)
+        else:
+            if dev:
+                stopped = trainer.check(config.iterations, dev, history, limits)
+                best = trainer.keep_best(history, best)
+    reached = history[-1]["iteration"] if history else config.iterations
+    if stopped:
+        log.warning("stopped: %s; iteration %d, the best one, is kept", stopped, best[0])
+        trainer.restore_best()
+        reached = best[0]
+    if not all(weight.isfinite().all() for weight in policy.parameters()):
+        raise ModelError("a weight of the policy became NaN or infinite; lower --learning-rate")
+    return Reinforced(trainer.finished(), history, stopped, reached)
+
+
+def _check(
+    problems: Sequence[Problem], reward: StepRewardModel | None, config: PPOConfig, shaping: Shaping
+) -> None:
+    if reward is None and not shaping.answer_weight:
+        raise ConfigError("there is no reward: name a --reward model, or give --answer-weight")
+    if shaping.answer_weight and any(one.answer is None for one in problems):
+        raise ConfigError("--answer-weight: some problems have no answer")
+    if len(problems) < config.rollouts // config.group:
+        raise ConfigError(
+            f"--rollouts {config.rollouts}, --group {config.group}: need "
+            f"{config.rollouts // config.group} questions, and there are {len(problems)}"
+        )
+    if (config.rollouts // config.group) % world_size() or config.batch_size % world_size():
+        raise ConfigError(
+            f"questions an iteration and --batch-size must be multiples of the {world_size()} processes"
+        )
+
+
+class _Trainer:
+    """One run's models and optimiser."""
+
+    def __init__(
+        self, policy: Any, tokenizer: Any, reward: StepRewardModel | None, run: RunDir,
+        config: PPOConfig, shaping: Shaping, form: StepFormat, seed: int, grade: Grader,
+        accelerator: Any,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.reward, self.run = tokenizer, reward, run
+        self.config, self.shaping, self.form = config, shaping, form
+        self.seed, self.grade, self.accelerator = seed, grade, accelerator
+        device = accelerator.device
+        policy.to(device)
+        self.same_tokens = reward is not None and _same_tokens(tokenizer, reward, form)
+        self.reference = None
+        if config.lora_rank:
+            policy = _with_adapter(policy, config.lora_rank)
+        elif config.kl:
+            self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
+        self.policy = policy.eval()
+        shared = config.advantage == "gae" and config.critic == "shared"
+        self.actor: Any = Actor(policy, shared)
+        self.critic: Any = None
+        groups = [{"params": [one for one in self.actor.parameters() if one.requires_grad]}]
+        if config.advantage == "gae" and not shared:
+            begin = reward.model if reward is not None and self.same_tokens else policy
+            self.critic = Critic(copy.deepcopy(begin).float().to(device).requires_grad_(True))
+            rate = config.critic_learning_rate or config.learning_rate
+            groups.append({"params": list(self.critic.parameters()), "lr": rate})  # pyright: ignore
+        self.optimizer: Any = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
+        if reward is not None:
+            reward.to(device).eval().requires_grad_(False)
+        if world_size() > 1:
+            self.actor = accelerator.prepare(self.actor)
+            self.critic = self.critic and accelerator.prepare(self.critic)
+            self.optimizer = accelerator.prepare(self.optimizer)
+        self.ends = end_tokens(policy, tokenizer)
+        self.last: dict[str, float] = {}
+
+    # One iteration
+
+    def iterate(self, iteration: int, problems: Sequence[Problem]) -> None:
+        """Sample, score, update."""
+        config = self.config
+        asked = _drawn(problems, config.rollouts // config.group, iteration, self.seed)
+        share = list(range(len(asked)))[rank() :: world_size()]
+        made = self.respond(
+            [asked[n] for n in share], config.group, config.temperature,
+            [[seed_of("ppo", self.seed, iteration, n, k) for k in range(config.group)] for n in share],
+        )  # fmt: skip
+        self.judge_tokens(made)
+        rows = _gathered(made, config.group)
+        batch = self.batch(rows)
+        self.last = self.update(iteration, rows, batch) | self.summary(rows, batch)
+        self.run.log(iteration=iteration + 1, **self.last)
+
+    @torch.no_grad()
+    def respond(
+        self, problems: Sequence[Problem], count: int, temperature: float,
+        seeds: Sequence[Sequence[int]],
+    ) -> list[Response]:  # fmt: skip
+        """Responses of the policy with the scores of their steps, those of a question together."""
+        sampling = Sampling(temperature=temperature, max_new_tokens=self.config.max_new_tokens)
+        prompts = [encode(self.tokenizer, self.form.question(one.question)) for one in problems]
+        made: list[list[Tokens]] = []
+        size = max(1, 256 // count)
+        with self.accelerator.autocast():
+            for start in range(0, len(prompts), size):
+                part = slice(start, start + size)
+                made += continue_tokens(
+                    self.policy, prompts[part], seeds[part], sampling, self.ends
+                )
+        found = [
+            self._read(problem, prompt, tokens)
+            for problem, prompt, some in zip(problems, prompts, made, strict=True) for tokens in some
+        ]  # fmt: skip
+        self._score([one for one in problems for _ in range(count)], found)
+        return found
+
+    def _read(self, problem: Problem, prompt: list[int], tokens: Tokens) -> Response:
+        text = self.tokenizer.decode(tokens.text_ids)
+        predicted = extract("\n".join(self.form.split(text))) if tokens.finished else None
+        right = None if problem.answer is None else self.grade(predicted, problem.answer)
+        ends = step_ends(self.tokenizer, self.form, tokens.text_ids)
+        return Response(prompt, tokens.ids, ends, [], right, predicted is not None)
+
+    def _score(self, problems: Sequence[Problem], responses: Sequence[Response]) -> None:
+        """Put the reward model's scores to the responses' steps."""
+        reward = self.reward
+        some = [
+            (problem, one) for problem, one in zip(problems, responses, strict=True) if one.ends
+        ]
+        if reward is None or not some:
+            for _, one in some:
+                one.scores = [0.0] * len(one.ends)
+        elif self.same_tokens:
+            rows = [one.prompt + one.ids[: one.ends[-1] + 1] for _, one in some]
+            for batch in token_batches([len(row) for row in rows], 16384):
+                with self.accelerator.autocast():
+                    scores = reward.score_tokens([rows[n] for n in batch])
+                for n, values in zip(batch, scores, strict=True):
+                    some[n][1].scores = values.tolist()
+        else:
+            self._score_texts(reward, some)
+
+    def _score_texts(
+        self, reward: StepRewardModel, some: Sequence[tuple[Problem, Response]]
+    ) -> None:
+        """The same for a reward model with another tokenizer or format: steps by their texts."""
+        pieces = []
+        for _, one in some:
+            starts = [0, *(end + 1 for end in one.ends)]
+            texts = [self.tokenizer.decode(one.ids[a:b]) for a, b in pairwise(starts)]
+            pieces.append([text.replace(self.form.tag, "").strip() for text in texts])
+        whole = [n for n, steps in enumerate(pieces) if any(steps)]
+        scores = reward.step_scores(
+            [some[n][0].question for n in whole],
+            [[step for step in pieces[n] if step] for n in whole],
+        )
+        for (_, one), steps in zip(some, pieces, strict=True):
+            one.scores = [0.0] * len(steps)  # a blank step is worth nothing
+        for n, values in zip(whole, scores, strict=True):
+            given = iter(values.tolist())
+            some[n][1].scores = [next(given) if step else 0.0 for step in pieces[n]]
+
+    @torch.no_grad()
+    def judge_tokens(self, responses: Sequence[Response]) -> None:
+        """Log-probabilities under the policy and the reference, and values."""
+        config = self.config
+        for start in range(0, len(responses), config.micro_batch_size):
+            part = responses[start : start + config.micro_batch_size]
+            ids, mask, places, tokens, _ = self._tensors(part)
+            with self.accelerator.autocast():
+                old, _, values = self._plain(self.actor)(
+                    ids, mask, places, tokens, config.temperature
+                )
+                reference = old
+                if config.kl and self.config.lora_rank:
+                    with self.policy.disable_adapter():
+                        reference = self._plain(self.actor)(
+                            ids, mask, places, tokens, config.temperature
+                        )[0]
+                elif self.reference is not None:
+                    actor = Actor(self.reference, False)
+                    reference = actor(ids, mask, places, tokens, config.temperature)[0]
+                if self.critic is not None:
+                    values = self._plain(self.critic)(ids, mask, places)
+            for n, one in enumerate(part):
+                size = len(one.ids)
+                one.old, one.reference = old[n, :size].cpu(), reference[n, :size].cpu()
+                if values is not None:
+                    one.values = values[n, :size].float().cpu()
+
+    def _plain(self, module: Any) -> Any:
+        return self.accelerator.unwrap_model(module)
+
+    def _tensors(self, rows: Sequence[Response]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Tokens and mask, where each response's tokens are predicted, these tokens, and their mask."""
+        ids, mask = pad([one.prompt + one.ids for one in rows], self.accelerator.device)
+        starts = torch.tensor([len(one.prompt) for one in rows], device=ids.device)
+        sizes = torch.tensor([len(one.ids) for one in rows], device=ids.device)
+        steps = torch.arange(int(sizes.max()), device=ids.device)
+        there = steps < sizes[:, None]
+        places = (starts[:, None] + steps - 1).clamp(max=ids.shape[1] - 1)
+        tokens = ids.gather(1, (places + 1).clamp(max=ids.shape[1] - 1))
+        return ids, mask, places, tokens, there
+
+    def batch(self, rows: Sequence[Response]) -> dict[str, Tensor]:
+        """What the updates need of all responses: rewards, advantages, returns [rows, length]."""
+        config = self.config
+        sizes = torch.tensor([len(one.ids) for one in rows])
+        length = int(sizes.max())
+        mask = torch.arange(length) < sizes[:, None]
+        scores = _padded([torch.tensor(one.scores) for one in rows], 0.0)
+        ends = _padded([torch.tensor(one.ends, dtype=torch.long) for one in rows], -1)
+        old, reference = (
+            _padded([one.old for one in rows]),
+            _padded([one.reference for one in rows]),
+        )
+        if self.reward is None:
+            rewards = torch.zeros(len(rows), length)
+        else:
+            rewards = step_rewards(scores, ends, length, self.shaping)
+        rewards = final_rewards(
+            rewards,
+            sizes,
+            [one.right for one in rows],
+            [one.answered for one in rows],
+            self.shaping,
+        )
+        task = rewards.sum(1)
+        distance = (old - reference) * mask
+        if config.kl and config.kl_in == "reward":
+            rewards = rewards - config.kl * distance
+        found = {
+            "mask": mask,
+            "old": old,
+            "reference": reference,
+            "task": task,
+            "kl": distance.sum(1),
+        }
+        if config.advantage == "gae":
+            values = _padded([one.values for one in rows])
+            advantages = gae(rewards, values, mask, config.gamma, config.lam)
+            found |= {"values": values, "returns": advantages + values}
+        elif config.advantage == "rloo":
+            advantages = rloo(rewards, config.group, config.gamma)
+        else:
+            last = torch.zeros_like(mask).scatter_(1, (sizes - 1)[:, None], True)
+            marked = torch.zeros(len(rows), length + 1, dtype=torch.bool)
+            marked.scatter_(1, torch.where(ends >= 0, ends, length), True)
+            advantages = grpo(rewards, marked[:, :length] | last, config.group)
+        found["advantages"] = whiten(advantages, mask) if config.advantage != "grpo" else advantages
+        return found
+
+    def update(
+        self, iteration: int, rows: Sequence[Response], batch: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """Pass over the responses in shuffled batches; each process takes its part of every batch."""
+        config, sums, count = self.config, {}, 0
+        draw = random.Random(f"ppo {self.seed} {iteration}")
+        for _ in range(config.epochs):
+            order = draw.sample(range(len(rows)), len(rows))
+            moved = []
+            for start in range(0, len(order), config.batch_size):
+                chosen = order[start : start + config.batch_size]
+                found = self._step(chosen[rank() :: world_size()], chosen, rows, batch)
+                moved.append(found["moved"])
+                count += 1
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            if config.target_kl and sum(moved) / len(moved) > config.target_kl:
+                break
+        return {name: value / count for name, value in sums.items()}
+
+    def _step(
+        self,
+        mine: Sequence[int],
+        chosen: Sequence[int],
+        rows: Sequence[Response],
+        batch: dict[str, Tensor],
+    ) -> dict[str, float]:
+        """One update. Each token of the whole batch counts the same, on whichever process it is."""
+        config, device = self.config, self.accelerator.device
+        total = float(batch["mask"][list(chosen)].sum())
+        sums = torch.zeros(4, device=device)
+        parts = [
+            mine[a : a + config.micro_batch_size]
+            for a in range(0, len(mine), config.micro_batch_size)
+        ]
+        for number, part in enumerate(parts):
+            ids, mask, places, tokens, there = self._tensors([rows[n] for n in part])
+            size = there.shape[1]
+            known = {name: values[list(part), :size].to(device) for name, values in batch.items()
+                     if values.ndim == 2}  # fmt: skip
+            wait = number < len(parts) - 1 and world_size() > 1
+            with self.actor.no_sync() if wait else nullcontext():
+                with self.accelerator.autocast():
+                    new, entropy, values = self.actor(ids, mask, places, tokens, config.temperature)
+                    if self.critic is not None:
+                        values = self.critic(ids, mask, places)
+                loss, found = ppo_loss(new, entropy, values, known, there, config)
+                # processes' gradients are averaged
+                self.accelerator.backward(loss / total * world_size())
+            sums += found.detach()
+        trained = [one for group in self.optimizer.param_groups for one in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        if not math.isfinite(float(norm)):
+            raise ModelError(
+                "a gradient of the policy became NaN or infinite; lower --learning-rate"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        sums = self.accelerator.reduce(sums) if world_size() > 1 else sums
+        names = ("policy_loss", "value_loss", "entropy", "moved")
+        return dict(zip(names, (sums / total).tolist(), strict=True))
+
+    def summary(self, rows: Sequence[Response], batch: dict[str, Tensor]) -> dict[str, float]:
+        """What the responses of an iteration are like."""
+        known = [one.right for one in rows if one.right is not None]
+        found = {
+            "reward": float(batch["task"].mean()), "kl": float(batch["kl"].mean()),
+            "steps": _mean(len(one.ends) for one in rows), "tokens": _mean(len(one.ids) for one in rows),
+            "no_answer": _mean(not one.answered for one in rows),
+        }  # fmt: skip
+        return found | ({"accuracy": _mean(map(bool, known))} if known else {})
+
+    # Watching, saving
+
+    def check(
+        self,
+        iteration: int,
+        dev: Sequence[Problem],
+        history: list[dict[str, Any]],
+        limits: Alarm | None,
+    ) -> str:
+        """Greedy responses on held-out questions, into the history; why to stop, or nothing."""
+        if history and history[-1]["iteration"] >= iteration:
+            return ""
+        share = list(dev)[rank() :: world_size()]
+        made = self.respond(share, 1, 0.0, [[0]] * len(share))
+        rows = _gathered(made, 1, len(dev))
+        known = [one.right for one in rows if one.right is not None]
+        scored = [
+            aggregate(torch.tensor(one.scores).numpy(), "min") if one.scores else 0.0
+            for one in rows
+        ]
+        accuracy = _mean(map(bool, known)) if known else None
+        judged = _mean(scored) if self.reward is not None else None
+        found = {
+            "iteration": iteration, "accuracy": accuracy, "judged": judged,
+            "gap": None if judged is None or accuracy is None else judged - accuracy,
+            "reward": self.last.get("reward", -math.inf), "kl": self.last.get("kl", 0.0),
+            "entropy": self.last.get("entropy"), "steps": _mean(len(one.ends) for one in rows),
+            "tokens": _mean(len(one.ids) for one in rows),
+            "no answer": _mean(not one.answered for one in rows),
+        }  # fmt: skip
+        history.append(found)
+        self.run.log(
+            check=iteration, **{k: v for k, v in found.items() if k != "iteration" and v == v}
+        )
+        return alarm(history, limits) if limits else ""
+
+    def keep_best(
+        self, history: Sequence[dict[str, Any]], best: tuple[int, float]
+    ) -> tuple[int, float]:
+        """Save the policy where its last check is the best so far; later ones win among equals."""
+        last = history[-1]
+        value = last["accuracy"] if last["accuracy"] is not None else -math.inf
+        if value < best[1] or last["iteration"] == best[0]:
+            return best
+        self._write("best.pt", {"actor": self._plain(self.actor).state_dict()})
+        return last["iteration"], value
+
+    def restore_best(self) -> None:
+        """Take the policy back that did best on the held-out questions."""
+        saved = torch.load(
+            self._folder() / "best.pt", map_location=self.accelerator.device, weights_only=True
+        )
+        self._plain(self.actor).load_state_dict(saved["actor"])
+
+    def save(self, done: int, history: list[dict[str, Any]], best: tuple[int, float]) -> None:
+        """Write everything that the next iteration needs."""
+        content = {"actor": self._plain(self.actor).state_dict(),
+                   "optimizer": self.optimizer.state_dict(), "done": done, "history": history, "best": list(best), "last": self.last}  # fmt: skip
+        if self.critic is not None:
+            content["critic"] = self._plain(self.critic).state_dict()
+        self._write("last.pt", content)
+
+    def resume(self) -> tuple[int, list[dict[str, Any]], tuple[int, float]]:
+        """Iterations done, the history and the best check of a run that was killed."""
+        file = self._folder() / "last.pt"
+        if not file.is_file():
+            self.run.forget(lambda line: "iteration" not in line and "check" not in line)
+            return 0, [], (0, -math.inf)
+        saved = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        self._plain(self.actor).load_state_dict(saved["actor"])
+        if self.critic is not None:
+            self._plain(self.critic).load_state_dict(saved["critic"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.last, done = saved["last"], saved["done"]
+        self.run.forget(
+            lambda line: line.get("iteration", 0) <= done and line.get("check", 0) < done
+        )
+        log.info("resumed after iteration %d", done)
+        return done, saved["history"], tuple(saved["best"])  # pyright: ignore
+
+    def _folder(self) -> Path:
+        return self.run.path / "checkpoints" / "ppo"
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        if is_main():
+            with atomic(self._folder() / name) as temporary, quiet_library():
+                torch.save(content, temporary)
+        self.accelerator.wait_for_everyone()
+
+    def finished(self) -> Any:
+        """The policy, an adapter merged into it."""
+        policy = self._plain(self.actor).model
+        return (policy.merge_and_unload() if self.config.lora_rank else policy).eval()
+
+
+def ppo_loss(
+    new: Float[Tensor, "rows length"], entropy: Float[Tensor, "rows length"], values: Tensor | None,
+    known: dict[str, Tensor], mask: Bool[Tensor, "rows length"], config: PPOConfig,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " 4"]]:  # fmt: skip
+    """Clipped surrogate, and the critic's clipped loss, as sums over tokens (Schulman et al. 2017).
+
+    Args:
+        new: log-probabilities under the policy as it is now.
+        entropy: of its predictions.
+        values: the critic's now; None without one.
+        known: `old`, `reference` and `advantages` of the tokens, with a critic `values` and `returns`.
+        mask: where there is a token.
+        config: clipping and weights.
+
+    Returns:
+        The loss; and sums of the policy's loss, the critic's, the entropy, and how far the policy has
+        moved from the sampling one (KL, k3 estimate).
+    """
+    shift = torch.where(mask, new - known["old"], 0.0)
+    ratio = shift.exp()
+    clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+    surrogate = -torch.minimum(ratio * known["advantages"], clipped * known["advantages"])
+    loss = policy_loss = (surrogate * mask).sum()
+    value_loss = torch.zeros((), device=new.device)
+    if values is not None:
+        near = known["values"] + (values - known["values"]).clamp(-config.clip, config.clip)
+        worst = torch.maximum((values - known["returns"]) ** 2, (near - known["returns"]) ** 2)
+        value_loss = 0.5 * (worst * mask).sum()
+        loss = loss + config.value_weight * value_loss
+    if config.kl and config.kl_in == "loss":
+        apart = torch.where(mask, known["reference"] - new, 0.0)
+        loss = loss + config.kl * (apart.exp() - 1 - apart).sum()
+    moved = ((-shift).exp() - 1 + shift).sum()
+    return loss, torch.stack([policy_loss, value_loss, (entropy * mask).sum(), moved])
+
+
+def step_ends(tokenizer: Any, form: StepFormat, ids: Sequence[int]) -> list[int]:
+    """The token that each step of a response ends with.
+
+    With tags these are the tags. Without, a step ends before the joiner, found by the characters that
+    tokens add to the text.
+    """
+    if not form.plain:
+        tag = StepTokens.of(tokenizer, form).tag
+        return [n for n, one in enumerate(ids) if one == tag]
+    text = tokenizer.decode(list(ids))
+    lengths = [len(tokenizer.decode(list(ids[: n + 1]))) for n in range(len(ids))]
+    ends, place = [], 0
+    for piece in text.split(form.joiner):
+        place += len(piece)
+        if piece.strip():
+            ends.append(next(n for n, length in enumerate(lengths) if length >= place))
+        place += len(form.joiner)
+    return list(dict.fromkeys(ends))
+
+
+def _same_tokens(tokenizer: Any, reward: StepRewardModel, form: StepFormat) -> bool:
+    """Whether a reward model reads the policy's tokens as they are."""
+    return (
+        not form.plain
+        and reward.reading.form == form
+        and tokenizer.get_vocab() == reward.tokenizer.get_vocab()
+    )
+
+
+def _with_adapter(policy: Any, size: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ConfigError("--lora-rank: needs peft; pip install 'mathshepherd[lora]'") from None
+    settings = LoraConfig(
+        r=size, lora_alpha=2 * size, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(policy, settings)
+
+
+def _drawn(problems: Sequence[Problem], count: int, iteration: int, seed: int) -> list[Problem]:
+    """The questions of an iteration: all are asked before one is asked again."""
+    each = len(problems) // count
+    order = random.Random(f"questions {seed} {iteration // each}").sample(
+        list(problems), len(problems)
+    )
+    begin = iteration % each * count
+    return order[begin : begin + count]
+
+
+def _gathered(made: Sequence[Response], group: int, count: int | None = None) -> list[Response]:
+    """The responses of all processes, in the order one process alone has them."""
+    if world_size() == 1:
+        return list(made)
+    parts: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(parts, list(made))
+    total = count or sum(len(part) // group for part in parts)
+    return [
+        one for n in range(total)
+        for one in parts[n % world_size()][n // world_size() * group : (n // world_size() + 1) * group]
+    ]  # fmt: skip
+
+
+def _padded(rows: Sequence[Tensor], value: float = 0.0) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return float(sum(found) / len(found)) if found else 0.0

@@ -1,0 +1,272 @@
+"""The stations of the method on files: each reads rows and models, and leaves a run's folder.
+
+What one leaves is what the next takes: a folder of rows (`solutions.jsonl`) or of a model (`model`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from octavo.data import iter_rows
+from octavo.errors import ConfigError, DataError
+from octavo.models import save_model
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime
+from octavo.training import TrainOptions, discard_checkpoints
+
+from mathshepherd import annotate as annotating
+from mathshepherd import quality, verify
+from mathshepherd.config import AnnotateConfig, PPOConfig, RewardConfig, Sampling, Shaping
+from mathshepherd.engines import Engine, open_engine
+from mathshepherd.records import (
+    ROWS,
+    Problem,
+    Solution,
+    load_problems,
+    load_solutions,
+    with_scores,
+    without_doubles,
+    write_solutions,
+)
+from mathshepherd.reward_model import Reading, Readout, StepRewardModel, model_folder
+from mathshepherd.sample import sample_solutions
+from mathshepherd.sft import finetune, open_generator, right_solutions, worked
+from mathshepherd.steps import StepFormat, save_format, saved_format
+from mathshepherd.train_rm import train_reward
+
+if TYPE_CHECKING:
+    from mathshepherd.monitor import Alarm
+
+Tables = dict[str, list[dict[str, Any]]]
+
+
+def problems_of(source: str, limit: int = 0, known: bool = False) -> list[Problem]:
+    """Problems of a file or hub id, the first `limit` of them (0: all).
+
+    Raises:
+        DataError: a right answer is needed and missing, or as `load_problems`.
+    """
+    found = load_problems(source)
+    found = found[:limit] if limit else found
+    for one in found:
+        if known and one.answer is None:
+            raise DataError(f"{source}: problem {one.id} has no answer")
+    return found
+
+
+def sft(
+    run: RunDir, source: str, data: str, form: StepFormat, options: TrainOptions, runtime: Runtime,
+    add_words: bool = False, max_length: int = 512, limit: int = 0,
+) -> Tables:  # fmt: skip
+    """Fine-tune a generator on worked solutions: problems with a `solution`, or rows of steps."""
+    form = saved_format(model_folder(source), form)
+    has_steps = next(iter_rows(_rows(data), {"steps": list | None}), {}).get("steps") is not None
+    if has_steps:
+        rows = [(one.question, one.steps) for one in load_solutions(data)]
+    else:
+        rows = worked(problems_of(data), form)
+    return _finetuned(run, source, rows[:limit] if limit else rows, form, options, runtime, add_words, max_length)
+
+
+def rft(
+    run: RunDir, source: str, data: Sequence[str], form: StepFormat, options: TrainOptions,
+    runtime: Runtime, max_length: int = 512,
+) -> Tables:  # fmt: skip
+    """Fine-tune a generator on its own right solutions (rejection sampling), each text once."""
+    rows = right_solutions(without_doubles(load_solutions(data)))
+    if not rows:
+        raise DataError(f"{', '.join(data)}: no solution is right, so that there is nothing to learn")
+    form = saved_format(model_folder(source), form)
+    return _finetuned(run, source, rows, form, options, runtime, False, max_length)
+
+
+def _rows(source: str) -> str | Path:
+    return Path(source) / ROWS if (Path(source) / ROWS).is_file() else source
+
+
+def _finetuned(
+    run: RunDir, source: str, rows: Sequence[tuple[str, Sequence[str]]], form: StepFormat,
+    options: TrainOptions, runtime: Runtime, add_words: bool, max_length: int,
+) -> Tables:  # fmt: skip
+    runtime.start()
+    model, tokenizer = open_generator(model_folder(source), form, add_words)
+    model, dropped = finetune(model, tokenizer, rows, form, run, options, runtime, max_length)
+    save_generator(run, model, tokenizer, form)
+    discard_checkpoints(run, "sft")
+    return {"Fine-tuning": [{"solutions": len(rows) - dropped, "too long": dropped, "epochs": options.epochs}]}
+
+
+def save_generator(run: RunDir, model: Any, tokenizer: Any, form: StepFormat) -> None:
+    """Write a generator into a run's folder `model`, with how it writes solutions."""
+    save_model(run.path / "model", model, tokenizer)
+    save_format(run.path / "model", form)
+
+
+def sample(
+    run: RunDir, source: str, data: str, samples: int, sampling: Sampling, form: StepFormat,
+    runtime: Runtime, engine: Engine = Engine(), limit: int = 0,
+) -> Tables:  # fmt: skip
+    """Sample solutions of problems, graded where answers are known."""
+    if samples < 1:
+        raise ConfigError(f"--samples {samples}: must be 1 or more")
+    problems = problems_of(data, limit)
+    form = saved_format(model_folder(source), form)
+    generator = open_engine(source, sampling, runtime, engine)
+    found = sample_solutions(problems, generator, form, samples, runtime.seed)
+    if not found:
+        raise DataError(f"{source}: not one of its texts has a step in it")
+    write_solutions(run.path / ROWS, found)
+    return {"Solutions": [sample_row(problems, found)]}
+
+
+def sample_row(problems: Sequence[Problem], solutions: Sequence[Solution]) -> dict[str, Any]:
+    """What sampled solutions are like, as a row of a table."""
+    known = [one.correct for one in solutions if one.correct is not None]
+    return {
+        "problems": len(problems), "solutions": len(solutions),
+        "different": len(without_doubles(solutions)),
+        "finished": _share(one.finished for one in solutions),
+        "answered": _share(one.predicted is not None for one in solutions),
+        "right": _share(known), "steps": sum(len(one.steps) for one in solutions) / len(solutions),
+    }  # fmt: skip
+
+
+def _share(values: Iterable[Any]) -> float | None:
+    found = [bool(one) for one in values]
+    return sum(found) / len(found) if found else None
+
+
+def annotate(
+    run: RunDir, source: str, data: Sequence[str], config: AnnotateConfig, sampling: Sampling,
+    form: StepFormat, runtime: Runtime, engine: Engine = Engine(), shard: str = "1/1", limit: int = 0,
+) -> Tables:  # fmt: skip
+    """Label the steps of solutions by rollouts; a killed run makes no completion twice."""
+    solutions = load_solutions(data)
+    solutions = annotating.shard(solutions[:limit] if limit else solutions, shard)
+    form = saved_format(model_folder(source), form)
+    store = annotating.RolloutStore(run.path / "rollouts.jsonl")
+    generator = open_engine(source, sampling, runtime, engine)
+    labelled, cost = annotating.annotate(solutions, generator, config, form, store, runtime.seed)
+    write_solutions(run.path / ROWS, labelled)
+    return {"Labels": [label_row(labelled)], "Cost": [cost.row()]} | truth_tables(labelled, config, store)
+
+
+def label_row(solutions: Sequence[Solution]) -> dict[str, Any]:
+    """The mix of labels, as a row of a table."""
+    hard = [value for one in solutions if one.labels for value in one.labels.hard if value is not None]
+    return {"solutions": len(solutions), "right": _share(one.correct for one in solutions),
+            "steps": len(hard), "good": _share(hard)}  # fmt: skip
+
+
+def truth_tables(
+    solutions: Sequence[Solution], config: AnnotateConfig, store: annotating.RolloutStore
+) -> Tables:
+    """Quality of the labels where the truth is known; by number of rollouts where all were made."""
+    if not all(one.truth for one in solutions):
+        return {}
+    tables = {"Quality of the labels": [quality.label_quality(solutions)]}
+    if config.estimation != "hard":
+        counts = [2**k for k in range(20) if 2**k <= config.rollouts]
+        tables["Quality by rollouts"] = quality.quality_by_rollouts(solutions, store, counts)
+    return tables
+
+
+def train(
+    run: RunDir, source: str, data: Sequence[str], scope: Literal["steps", "outcome"],
+    config: RewardConfig, options: TrainOptions, form: StepFormat, runtime: Runtime,
+    readout: Readout = "tokens",
+) -> Tables:  # fmt: skip
+    """Train a process (`steps`) or outcome reward model, both from the same start."""
+    form = saved_format(model_folder(source), form)
+    solutions = load_solutions(data)
+    if scope == "outcome":
+        solutions = without_doubles(one for one in solutions if one.finished and one.predicted is not None)
+    runtime.start()
+    model, tokenizer = open_generator(model_folder(source), form)
+    reward = StepRewardModel(model, tokenizer, Reading(readout=readout, scope=scope, form=replace(form, plain=False)))
+    counts = train_reward(reward, solutions, config, run, options, runtime)
+    reward.save(run.path / "model")
+    discard_checkpoints(run, "reward")
+    return {"Training": [counts]}
+
+
+def score(
+    run: RunDir, source: str, data: Sequence[str], name: str, runtime: Runtime,
+    family: str | None = None, batch_tokens: int = 16384,
+) -> Tables:  # fmt: skip
+    """Put a reward model's scores to solutions' steps, under a name."""
+    from mathshepherd.adapters import open_scorer
+
+    if not name.strip():
+        raise ConfigError("--name: name the scores, like prm")
+    solutions = load_solutions(data)
+    scorer = open_scorer(source, family, runtime.start(), runtime.torch_dtype())
+    scores = scorer.step_scores(
+        [one.question for one in solutions], [one.steps for one in solutions], batch_tokens=batch_tokens
+    )
+    scored = [with_scores(one, name, values) for one, values in zip(solutions, scores, strict=True)]
+    write_solutions(run.path / ROWS, scored)
+    return {"Scores": [verify.position_of_minimum(scored, name)]} | _step_tables(scored, [name])
+
+
+def _step_tables(solutions: Sequence[Solution], names: Iterable[str]) -> Tables:
+    if not any(one.truth for one in solutions):
+        return {}
+    return {"Steps told apart": [verify.step_quality(solutions, name) for name in names]}
+
+
+def methods_of(solutions: Sequence[Solution], aggregates: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A method for each score and aggregate.
+
+    Raises:
+        DataError: the solutions have no scores.
+    """
+    names = list(dict.fromkeys(name for one in solutions for name in one.scores))
+    if not names:
+        raise DataError("the solutions have no scores; run `mathshepherd score` on them")
+    return {f"{name} {how}": (name, how) for name in names for how in aggregates}
+
+
+def verify_pool(
+    run: RunDir | None, data: Sequence[str], aggregates: Sequence[str], sizes: Sequence[int],
+    draws: int, seed: int,
+) -> Tables:  # fmt: skip
+    """Best-of-N and votes for all N from one pool of scored candidates."""
+    if draws < 1:
+        raise ConfigError(f"--draws {draws}: must be 1 or more")
+    solutions = load_solutions(data)
+    methods = methods_of(solutions, aggregates)
+    rows = verify.curves(solutions, methods, sizes, draws, seed)
+    names = {score for score, _ in methods.values()}
+    minima = [verify.position_of_minimum(solutions, name) for name in sorted(names)]
+    return {"Best of N": rows, "Lowest score": minima} | _step_tables(solutions, sorted(names))
+
+
+def ppo(
+    run: RunDir, source: str, reward: str | None, data: str, dev_data: str | None, config: PPOConfig,
+    shaping: Shaping, form: StepFormat, runtime: Runtime, limits: "Alarm | None", limit: int = 0,
+) -> tuple[Tables, str]:  # fmt: skip
+    """Reinforce a generator by its steps' rewards; also why it was stopped, where it was."""
+    from mathshepherd.ppo import reinforce
+
+    problems = problems_of(data, limit, known=shaping.answer_weight != 0)
+    dev = problems_of(dev_data) if dev_data else []
+    if shared := {one.id for one in problems} & {one.id for one in dev}:
+        raise DataError(f"{dev_data}: {len(shared)} of its problems are in --data too, like {min(shared)}")
+    form = saved_format(model_folder(source), form)
+    device = runtime.start()
+    model, tokenizer = open_generator(model_folder(source), form)
+    judge = StepRewardModel.load(reward, device=device) if reward else None
+    found = reinforce(
+        model, tokenizer, problems, judge, run, config, shaping, form, runtime, dev, limits
+    )
+    save_generator(run, found.policy, tokenizer, form)
+    discard_checkpoints(run, "ppo")
+    last = {"iteration": found.iteration, "stopped": found.stopped or "no"}
+    return {"Policy": [last], "Checks": found.history}, found.stopped
+
+
+def scored_methods(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Methods by name from `score aggregate` in words."""
+    return {name: (words.split()[0], words.split()[1]) for name, words in names.items()}
