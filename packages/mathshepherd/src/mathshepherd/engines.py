@@ -35,7 +35,9 @@ class Engine:
     """Times that a request to the server is repeated when it fails."""
 
 
-def open_engine(source: str, sampling: Sampling, runtime: Runtime, engine: Engine = Engine()) -> Generator:
+def open_engine(
+    source: str, sampling: Sampling, runtime: Runtime, engine: Engine = Engine()
+) -> Generator:
     """A generator of completions.
 
     Args:
@@ -81,7 +83,9 @@ class VllmGenerator:
         try:
             import vllm
         except ImportError:
-            raise ConfigError("--engine vllm: is not installed; pip install 'mathshepherd[vllm]'") from None
+            raise ConfigError(
+                "--engine vllm: is not installed; pip install 'mathshepherd[vllm]'"
+            ) from None
         self.vllm, self.sampling = vllm, sampling
         self.model = vllm.LLM(model=source, enable_prefix_caching=True, seed=seed, **options)
 
@@ -102,7 +106,10 @@ class VllmGenerator:
         for request in requests:
             outputs = [next(made).outputs[0] for _ in request.seeds]
             found.append(
-                [Completion(one.text, one.finish_reason == "stop", len(one.token_ids)) for one in outputs]
+                [
+                    Completion(one.text, one.finish_reason == "stop", len(one.token_ids))
+                    for one in outputs
+                ]
             )
         return found
 
@@ -144,10 +151,14 @@ class ServerGenerator:
         answer = self._ask(json.dumps(body).encode())
         try:
             choice = answer["choices"][0]
-            tokens = (answer.get("usage") or {}).get("completion_tokens") or len(choice["text"].split())
+            tokens = (answer.get("usage") or {}).get("completion_tokens") or len(
+                choice["text"].split()
+            )
             return Completion(choice["text"], choice["finish_reason"] == "stop", tokens)
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise ModelError(f"{self.address}: answered no completion: {str(answer)[:120]}") from None
+            raise ModelError(
+                f"{self.address}: answered no completion: {str(answer)[:120]}"
+            ) from None
 
     def _ask(self, body: bytes) -> Any:
         import time

@@ -74,7 +74,8 @@ class Solution:
         correct: whether that is right, None where it cannot be told.
         finished: whether the text came to an end of its own.
         labels: by rollouts (`annotate`), or from elsewhere.
-        truth: true quality of each step, where it is known (generated problems).
+        truth: true quality of each step, where it is known (generated problems); it may end with
+            the first error, where nobody judged the steps behind that (ProcessBench).
         scores: of each step, by a reward model's name.
     """
 
@@ -118,7 +119,7 @@ def load_problems(source: str | Path, split: str | None = None) -> list[Problem]
     found: dict[str, Problem] = {}
     repeated = 0
     for number, row in enumerate(iter_rows(source, columns, split), 1):
-        texts = {name: None if row[name] is None else str(row[name]) for name in names}
+        texts = {name: as_text(row[name]) for name in names}
         question = texts["question"] or texts["problem"]
         if not (question and question.strip()):
             raise DataError(f"{source}, row {number}: has no `question` (or `problem`)")
@@ -127,9 +128,8 @@ def load_problems(source: str | Path, split: str | None = None) -> list[Problem]
             solution, _, answer = answer.rpartition("####")
         answer = answer.strip() if answer else None
         named = texts["id"] or texts["unique_id"]
-        problem = Problem(
-            named or _key(question), question, answer or None, solution and solution.strip()
-        )
+        solution = solution and solution.strip()
+        problem = Problem(named or key_of(question), question, answer or None, solution)
         if problem.id in found:
             if named or found[problem.id].answer != problem.answer:
                 raise DataError(f"{source}, row {number}: the id {problem.id} stands twice")
@@ -142,8 +142,9 @@ def load_problems(source: str | Path, split: str | None = None) -> list[Problem]
     return list(found.values())
 
 
-def _key(question: str) -> str:
-    return hashlib.sha256(question.encode()).hexdigest()[:12]
+def key_of(question: str) -> str:
+    """The id of a problem that has none: the same for the same question, whatever is around it."""
+    return hashlib.sha256(question.strip().encode()).hexdigest()[:12]
 
 
 def load_solutions(sources: str | Path | Sequence[str | Path]) -> list[Solution]:
@@ -156,7 +157,7 @@ def load_solutions(sources: str | Path | Sequence[str | Path]) -> list[Solution]
     for source in [sources] if isinstance(sources, str | Path) else sources:
         path = Path(source) / ROWS
         columns: dict[str, Any] = {
-            "problem": str | int, "sample": int | None, "question": str, "steps": list,
+            "problem": str | int, "sample": int | None, "question": str, "steps": str | list,
             "answer": str | int | float | None, "predicted": str | int | float | None,
             "correct": bool | None, "finished": bool | None, "labels": dict | None,
             "truth": list | None, "scores": dict | None,
@@ -174,7 +175,7 @@ def load_solutions(sources: str | Path | Sequence[str | Path]) -> list[Solution]
 
 
 def _solution(row: Mapping[str, Any], where: str) -> Solution:
-    steps = tuple(row["steps"])
+    steps = tuple(row["steps"]) if isinstance(row["steps"], list) else ()
     if not steps or not all(isinstance(step, str) and step.strip() for step in steps):
         raise DataError(f"{where}: `steps` must be one text or more, none of them blank")
     scores = {name: _numbers(values, len(steps), f"{where}: scores of {name!r}")
@@ -183,15 +184,22 @@ def _solution(row: Mapping[str, Any], where: str) -> Solution:
     if row["labels"] is not None:
         labels = _labels(row["labels"], len(steps), where)
     truth = row["truth"] and tuple(row["truth"])
-    if truth and (len(truth) != len(steps) or not set(truth) <= {0, 1}):
+    if truth and not all(one in (0, 1) for one in truth):
         raise DataError(f"{where}: `truth` must be 0 or 1 for each of the {len(steps)} steps")
+    if truth and len(truth) != len(steps) and (len(truth) > len(steps) or truth[-1] != 0):
+        raise DataError(
+            f"{where}: `truth` must be 0 or 1 for each of the {len(steps)} steps, or end with a 0"
+        )
     return Solution(
-        str(row["problem"]), row["sample"] or 0, row["question"], steps, _text(row["answer"]),
-        _text(row["predicted"]), row["correct"], row["finished"] is not False, labels, truth, scores,
+        str(row["problem"]), row["sample"] or 0, row["question"], steps, as_text(row["answer"]),
+        as_text(row["predicted"]), row["correct"], row["finished"] is not False, labels, truth, scores,
     )  # fmt: skip
 
 
-def _text(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
+    """An answer or an id that may stand as a number in a file: 3 for 3, not 3.0."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     return None if value is None else str(value)
 
 
@@ -208,7 +216,8 @@ def _labels(row: Mapping[str, Any], count: int, where: str) -> StepLabels:
     for name, good, what in (
         ("hard", lambda one: one in (0, 1, None), "0, 1 or null"),
         ("soft", lambda one: one is None or 0 <= one <= 1, "from 0 to 1, or null"),
-        ("hits", lambda one: one >= 0, "0 or more"), ("tried", lambda one: one >= 0, "0 or more"),
+        ("hits", lambda one: one is not None and one >= 0, "0 or more"),
+        ("tried", lambda one: one is not None and one >= 0, "0 or more"),
     ):  # fmt: skip
         values = row.get(name)
         if values is None and name != "hard":

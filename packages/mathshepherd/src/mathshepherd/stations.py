@@ -66,7 +66,9 @@ def sft(
         rows = [(one.question, one.steps) for one in load_solutions(data)]
     else:
         rows = worked(problems_of(data), form)
-    return _finetuned(run, source, rows[:limit] if limit else rows, form, options, runtime, add_words, max_length)
+    return _finetuned(
+        run, source, rows[:limit] if limit else rows, form, options, runtime, add_words, max_length
+    )
 
 
 def rft(
@@ -76,7 +78,9 @@ def rft(
     """Fine-tune a generator on its own right solutions (rejection sampling), each text once."""
     rows = right_solutions(without_doubles(load_solutions(data)))
     if not rows:
-        raise DataError(f"{', '.join(data)}: no solution is right, so that there is nothing to learn")
+        raise DataError(
+            f"{', '.join(data)}: no solution is right, so that there is nothing to learn"
+        )
     form = saved_format(model_folder(source), form)
     return _finetuned(run, source, rows, form, options, runtime, False, max_length)
 
@@ -94,7 +98,11 @@ def _finetuned(
     model, dropped = finetune(model, tokenizer, rows, form, run, options, runtime, max_length)
     save_generator(run, model, tokenizer, form)
     discard_checkpoints(run, "sft")
-    return {"Fine-tuning": [{"solutions": len(rows) - dropped, "too long": dropped, "epochs": options.epochs}]}
+    return {
+        "Fine-tuning": [
+            {"solutions": len(rows) - dropped, "too long": dropped, "epochs": options.epochs}
+        ]
+    }
 
 
 def save_generator(run: RunDir, model: Any, tokenizer: Any, form: StepFormat) -> None:
@@ -149,12 +157,16 @@ def annotate(
     generator = open_engine(source, sampling, runtime, engine)
     labelled, cost = annotating.annotate(solutions, generator, config, form, store, runtime.seed)
     write_solutions(run.path / ROWS, labelled)
-    return {"Labels": [label_row(labelled)], "Cost": [cost.row()]} | truth_tables(labelled, config, store)
+    return {"Labels": [label_row(labelled)], "Cost": [cost.row()]} | truth_tables(
+        labelled, config, store
+    )
 
 
 def label_row(solutions: Sequence[Solution]) -> dict[str, Any]:
     """The mix of labels, as a row of a table."""
-    hard = [value for one in solutions if one.labels for value in one.labels.hard if value is not None]
+    hard = [
+        value for one in solutions if one.labels for value in one.labels.hard if value is not None
+    ]
     return {"solutions": len(solutions), "right": _share(one.correct for one in solutions),
             "steps": len(hard), "good": _share(hard)}  # fmt: skip
 
@@ -181,10 +193,14 @@ def train(
     form = saved_format(model_folder(source), form)
     solutions = load_solutions(data)
     if scope == "outcome":
-        solutions = without_doubles(one for one in solutions if one.finished and one.predicted is not None)
+        solutions = without_doubles(
+            one for one in solutions if one.finished and one.predicted is not None
+        )
     runtime.start()
     model, tokenizer = open_generator(model_folder(source), form)
-    reward = StepRewardModel(model, tokenizer, Reading(readout=readout, scope=scope, form=replace(form, plain=False)))
+    reward = StepRewardModel(
+        model, tokenizer, Reading(readout=readout, scope=scope, form=replace(form, plain=False))
+    )
     counts = train_reward(reward, solutions, config, run, options, runtime)
     reward.save(run.path / "model")
     discard_checkpoints(run, "reward")
@@ -203,7 +219,9 @@ def score(
     solutions = load_solutions(data)
     scorer = open_scorer(source, family, runtime.start(), runtime.torch_dtype())
     scores = scorer.step_scores(
-        [one.question for one in solutions], [one.steps for one in solutions], batch_tokens=batch_tokens
+        [one.question for one in solutions],
+        [one.steps for one in solutions],
+        batch_tokens=batch_tokens,
     )
     scored = [with_scores(one, name, values) for one, values in zip(solutions, scores, strict=True)]
     write_solutions(run.path / ROWS, scored)
@@ -216,7 +234,9 @@ def _step_tables(solutions: Sequence[Solution], names: Iterable[str]) -> Tables:
     return {"Steps told apart": [verify.step_quality(solutions, name) for name in names]}
 
 
-def methods_of(solutions: Sequence[Solution], aggregates: Sequence[str]) -> dict[str, tuple[str, str]]:
+def methods_of(
+    solutions: Sequence[Solution], aggregates: Sequence[str]
+) -> dict[str, tuple[str, str]]:
     """A method for each score and aggregate.
 
     Raises:
@@ -253,7 +273,9 @@ def ppo(
     problems = problems_of(data, limit, known=shaping.answer_weight != 0)
     dev = problems_of(dev_data) if dev_data else []
     if shared := {one.id for one in problems} & {one.id for one in dev}:
-        raise DataError(f"{dev_data}: {len(shared)} of its problems are in --data too, like {min(shared)}")
+        raise DataError(
+            f"{dev_data}: {len(shared)} of its problems are in --data too, like {min(shared)}"
+        )
     form = saved_format(model_folder(source), form)
     device = runtime.start()
     model, tokenizer = open_generator(model_folder(source), form)
