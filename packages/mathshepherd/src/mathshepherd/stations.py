@@ -249,7 +249,7 @@ def methods_of(
 
 
 def verify_pool(
-    run: RunDir | None, data: Sequence[str], aggregates: Sequence[str], sizes: Sequence[int],
+    data: Sequence[str], aggregates: Sequence[str], sizes: Sequence[int],
     draws: int, seed: int,
 ) -> Tables:  # fmt: skip
     """Best-of-N and votes for all N from one pool of scored candidates."""

@@ -1,0 +1,352 @@
+"""The stations of the method as commands, each on the user's own model and rows."""
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from octavo.cli import Flat, Seeds, make_app, run
+from octavo.console import Outcome
+from octavo.errors import ConfigError
+from octavo.rundir import RunDir, options_of
+from octavo.runtime import Runtime
+from octavo.training import TrainOptions
+
+from mathshepherd.config import AnnotateConfig, Engine, PPOConfig, RewardConfig, Sampling, Shaping
+from mathshepherd.steps import StepFormat
+
+app = make_app(
+    "mathshepherd",
+    "Label solution steps by rollouts, train process reward models, verify and reinforce with them.",
+)
+main = partial(run, app)
+
+#: Training of a generator and of a reward model where nothing else is said.
+SFT = TrainOptions(learning_rate=1e-5, epochs=3, batch_size=32)
+REWARD = TrainOptions(learning_rate=1e-6, epochs=1, batch_size=32)
+
+
+def _ended(run: RunDir, command: str, tables: dict[str, Any], note: str, no: str = "") -> Outcome:
+    """The outcome, also written into the run's folder for `report`."""
+    run.write_json("result.json", {"command": command, "tables": tables})
+    return Outcome(tables, note=note, no=no)
+
+
+@app.command
+def sft(
+    model: str,
+    *,
+    data: str,
+    out: Path,
+    add_words: bool = False,
+    max_length: int = 512,
+    limit: int = 0,
+    overwrite: bool = False,
+    form: Flat[StepFormat] = StepFormat(),
+    options: Flat[TrainOptions] = SFT,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Fine-tune a generator that writes its solutions in steps, a tag behind each.
+
+    Args:
+        model: Folder or hub id of a causal language model.
+        data: Problems with worked solutions (GSM8K's and MATH's columns are known), or rows of steps.
+        out: Folder of the run; the generator lies in its `model`.
+        add_words: Add the tag and the verdicts to the tokenizer where they are not one token.
+        max_length: Tokens; longer solutions are left out and counted, never cut.
+        limit: The first so many rows; 0 for all.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    choice = {"model": model, "data": data, "add_words": add_words, "max_length": max_length,
+              "limit": limit}  # fmt: skip
+    with RunDir.open(out, options_of(form, options, runtime, choice), overwrite) as run:
+        tables = stations.sft(
+            run, model, data, form, options, runtime, add_words, max_length, limit
+        )
+        return _ended(run, "sft", tables, f"Generator: {out / 'model'}")
+
+
+@app.command
+def sample(
+    model: str,
+    *,
+    data: str,
+    out: Path,
+    samples: int = 8,
+    limit: int = 0,
+    overwrite: bool = False,
+    sampling: Flat[Sampling] = Sampling(),
+    engine: Flat[Engine] = Engine(),
+    form: Flat[StepFormat] = StepFormat(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Sample solutions of problems: a pool to label, or candidates to verify.
+
+    Args:
+        model: Folder or hub id of a generator, or its name on the server.
+        data: Problems; graded where they have answers.
+        out: Folder of the run; the solutions lie in its `solutions.jsonl`.
+        samples: Solutions of each problem.
+        limit: The first so many problems; 0 for all.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    choice = {"model": model, "data": data, "samples": samples, "limit": limit}
+    with RunDir.open(out, options_of(form, sampling, engine, runtime, choice), overwrite) as run:
+        tables = stations.sample(
+            run, model, data, samples, sampling, form, runtime, engine, limit
+        )
+        return _ended(run, "sample", tables, f"Solutions: {out}")
+
+
+@app.command
+def annotate(
+    model: str,
+    *,
+    data: list[str],
+    out: Path,
+    shard: str = "1/1",
+    limit: int = 0,
+    overwrite: bool = False,
+    config: Flat[AnnotateConfig] = AnnotateConfig(),
+    sampling: Flat[Sampling] = Sampling(),
+    engine: Flat[Engine] = Engine(),
+    form: Flat[StepFormat] = StepFormat(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Label each step by whether completions from it reach the right answer.
+
+    A run that was killed goes on where it stopped, and ends as if it had not been. Parts made by
+    several machines (--shard 1/4 to 4/4) are named together where labels are read: --data a --data b.
+
+    Args:
+        model: Folder or hub id of the completer, or its name on the server.
+        data: Solutions with right answers, of `sample`; several times for several.
+        out: Folder of the run; the labelled solutions lie in its `solutions.jsonl`.
+        shard: Which part of the problems to label, like 1/4.
+        limit: The first so many solutions; 0 for all.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    choice = {"model": model, "data": data, "shard": shard, "limit": limit}
+    given = options_of(form, sampling, engine, config, runtime, choice)
+    with RunDir.open(out, given, overwrite) as run:
+        tables = stations.annotate(
+            run, model, data, config, sampling, form, runtime, engine, shard, limit
+        )
+        return _ended(run, "annotate", tables, f"Labelled solutions: {out}")
+
+
+@app.command
+def train_prm(
+    model: str,
+    *,
+    data: list[str],
+    out: Path,
+    readout: Literal["tokens", "head"] = "tokens",
+    overwrite: bool = False,
+    config: Flat[RewardConfig] = RewardConfig(),
+    form: Flat[StepFormat] = StepFormat(),
+    options: Flat[TrainOptions] = REWARD,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Train a process reward model: the verdict on each step is read at its tag.
+
+    Args:
+        model: Folder or hub id of a causal language model, the generator for one.
+        data: Labelled solutions, of `annotate` or `convert`; several times for several.
+        out: Folder of the run; the reward model lies in its `model`.
+        readout: The two verdict words' logits, or a head of its own.
+        overwrite: Start anew where a run already lies.
+    """
+    return _train("train-prm", model, data, out, readout, overwrite, config, form, options, runtime)
+
+
+@app.command
+def train_orm(
+    model: str,
+    *,
+    data: list[str],
+    out: Path,
+    readout: Literal["tokens", "head"] = "tokens",
+    overwrite: bool = False,
+    config: Flat[RewardConfig] = RewardConfig(),
+    form: Flat[StepFormat] = StepFormat(),
+    options: Flat[TrainOptions] = REWARD,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Train an outcome reward model, from the same start and read in the same way.
+
+    Args:
+        model: Folder or hub id of a causal language model, the generator for one.
+        data: Graded solutions, of `sample`; several times for several.
+        out: Folder of the run; the reward model lies in its `model`.
+        readout: The two verdict words' logits, or a head of its own.
+        overwrite: Start anew where a run already lies.
+    """
+    return _train("train-orm", model, data, out, readout, overwrite, config, form, options, runtime)
+
+
+def _train(
+    command: str, model: str, data: list[str], out: Path, readout: Any, overwrite: bool,
+    config: RewardConfig, form: StepFormat, options: TrainOptions, runtime: Runtime,
+) -> Outcome:  # fmt: skip
+    from mathshepherd import stations
+
+    choice = {"command": command, "model": model, "data": data, "readout": readout}
+    with RunDir.open(out, options_of(form, config, options, runtime, choice), overwrite) as run:
+        scope = "steps" if command == "train-prm" else "outcome"
+        tables = stations.train(run, model, data, scope, config, options, form, runtime, readout)
+        return _ended(run, command, tables, f"Reward model: {out / 'model'}")
+
+
+@app.command
+def score(
+    model: str,
+    *,
+    data: list[str],
+    out: Path,
+    name: str = "prm",
+    family: Literal["math-shepherd", "rlhflow", "skywork", "qwen"] | None = None,
+    batch_tokens: int = 16384,
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Score the steps of solutions, one pass a solution.
+
+    Args:
+        model: Folder or hub id of a reward model.
+        data: Solutions; several times for several.
+        out: Folder of the run; the scored solutions lie in its `solutions.jsonl`.
+        name: Of the scores among others of the same solutions.
+        family: Of a public reward model; none for one that was trained here.
+        batch_tokens: Tokens in one pass, padding included.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    if batch_tokens < 1:
+        raise ConfigError(f"--batch-tokens {batch_tokens}: must be 1 or more")
+    choice = {"model": model, "data": data, "name": name, "family": family, "tokens": batch_tokens}
+    with RunDir.open(out, options_of(runtime, choice), overwrite) as run:
+        tables = stations.score(run, model, data, name, runtime, family, batch_tokens)
+        return _ended(run, "score", tables, f"Scored solutions: {out}")
+
+
+@app.command
+def verify(
+    *,
+    data: list[str],
+    out: Path | None = None,
+    aggregate: tuple[Literal["min", "prod", "mean", "last", "geometric"], ...] = (
+        "min", "prod", "mean", "last",
+    ),
+    sizes: Seeds = (),
+    draws: int = 64,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Outcome:  # fmt: skip
+    """Best-of-N by each reward model, votes, and votes weighted by it, for all N from one pool.
+
+    Args:
+        data: Scored and graded candidates, of `score`; several times for several.
+        out: Folder for the curves and their report; without it they are only printed.
+        aggregate: Step scores to a solution's score; several times for several.
+        sizes: Numbers of candidates, like 1,4,16; by default 1, 2, 4 and so on.
+        draws: Random sets of each size, the same for every method.
+        seed: Of these.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+    from mathshepherd.report import result_report
+
+    def found() -> dict[str, Any]:
+        return stations.verify_pool(data, aggregate, sizes, draws, seed)
+
+    if out is None:
+        return Outcome(found())
+    choice = {"data": data, "aggregate": aggregate, "sizes": sizes, "draws": draws, "seed": seed}
+    with RunDir.open(out, options_of(choice), overwrite) as run:
+        tables = found()
+        outcome = _ended(run, "verify", tables, "")
+        page = result_report([{"command": "verify", "tables": tables}]).save(out)
+        return replace(outcome, note=f"Report: {page}")
+
+
+@app.command
+def rft(
+    model: str,
+    *,
+    data: list[str],
+    out: Path,
+    max_length: int = 512,
+    overwrite: bool = False,
+    form: Flat[StepFormat] = StepFormat(),
+    options: Flat[TrainOptions] = SFT,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Fine-tune a generator on its own right solutions (rejection sampling).
+
+    Args:
+        model: Folder or hub id of the generator.
+        data: Graded solutions, of `sample`; several times for several.
+        out: Folder of the run; the generator lies in its `model`.
+        max_length: Tokens; longer solutions are left out and counted, never cut.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    choice = {"model": model, "data": data, "max_length": max_length}
+    with RunDir.open(out, options_of(form, options, runtime, choice), overwrite) as run:
+        tables = stations.rft(run, model, data, form, options, runtime, max_length)
+        return _ended(run, "rft", tables, f"Generator: {out / 'model'}")
+
+
+@app.command
+def ppo(
+    model: str,
+    *,
+    data: str,
+    out: Path,
+    reward: str | None = None,
+    dev_data: str | None = None,
+    keep_going: bool = False,
+    limit: int = 0,
+    overwrite: bool = False,
+    config: Flat[PPOConfig] = PPOConfig(),
+    shaping: Flat[Shaping] = Shaping(),
+    form: Flat[StepFormat] = StepFormat(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Reinforce a generator by the rewards of its own steps.
+
+    The run is watched on held-out problems and stopped where its reward rises while accuracy falls,
+    or its responses grow or lose their answers; the best policy on them is then kept (exit code 3).
+
+    Args:
+        model: Folder or hub id of the generator.
+        data: Problems; answers are needed for --answer-weight alone.
+        out: Folder of the run; the policy lies in its `model`.
+        reward: Folder of a process or outcome reward model; none for the answers' reward alone.
+        dev_data: Held-out problems that the run is watched on.
+        keep_going: Do not stop a run that looks like reward hacking.
+        limit: The first so many problems; 0 for all.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+    from mathshepherd.monitor import Alarm
+
+    choice = {"model": model, "data": data, "reward": reward, "dev_data": dev_data,
+              "keep_going": keep_going, "limit": limit}  # fmt: skip
+    given = options_of(form, config, shaping, runtime, choice)
+    with RunDir.open(out, given, overwrite) as run:
+        tables, stopped = stations.ppo(
+            run, model, reward, data, dev_data, config, shaping, form, runtime,
+            None if keep_going else Alarm(), limit,
+        )  # fmt: skip
+        no = f"stopped: {stopped}; the best policy so far is kept" if stopped else ""
+        return _ended(run, "ppo", tables, f"Policy: {out / 'model'}", no)
