@@ -147,6 +147,17 @@ def test_what_can_be_graded():
     assert not any(gradable(gold) for gold in (None, "", " ", "$$", "\\frac{1}{2"))
 
 
+def test_a_runaway_generation_is_only_its_text():
+    asked = symbolic.counts.compared
+    for one in ("." * 99, "1", "0.0", "\\boxed{", "The answer is ", "\n", "1,", "A: ", "(", "x^"):
+        text = one * 2000
+        found = extract(text)
+        assert found is None or not equivalent(found, f"{text}.")
+        assert equivalent(text, text) == bool(text.strip())
+        assert not equivalent(text, f"{text}2")
+    assert symbolic.counts.compared == asked
+
+
 def test_classes_are_numbered_as_they_come():
     answers = ["1/2", None, "x+1", "0.5", " ", "1+x", "\\frac12", "2"]
     assert classes(answers) == [0, None, 1, 0, None, 1, 0, 2]

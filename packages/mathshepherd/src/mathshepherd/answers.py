@@ -23,6 +23,9 @@ from mathshepherd import symbolic
 Style = Literal["auto", "marker", "gsm8k", "boxed"]
 Level = Literal["exact", "numeric", "hendrycks", "symbolic"]
 
+#: Characters of an answer that is no more than its text: a runaway generation's.
+LONGEST = 1000
+
 # without a colon "the answer is" may go on as any sentence does, unless it ends the text
 _MARKER = re.compile(
     r"\b[Aa]nswer\s+is(?:\s*:|"
@@ -92,32 +95,39 @@ def _by_number(text: str) -> tuple[int, str] | None:
 
 
 def _by_box(text: str) -> tuple[int, str] | None:
+    closed = _closed_braces(text)
     for place in reversed(list(_BOXED.finditer(text))):
-        rest = text[place.end() :]
-        plain = re.split(r"[\s$]", rest, maxsplit=1)[0]  # \boxed 5
-        answer = _braced(rest) if rest.startswith("{") else plain
-        if answer and answer.strip():
+        start = place.end()
+        if text[start : start + 1] == "{":
+            answer = text[start + 1 : closed.get(start, start)]
+        else:
+            answer = re.split(r"[\s$]", text[start : start + LONGEST], maxsplit=1)[0]  # \boxed 5
+        if answer.strip():
             return place.start(), answer.strip()
     return None
 
 
-def _braced(text: str) -> str | None:
-    """What is between the brace that a text begins with and the one that closes it."""
-    depth = 0
-    for place, (sign,) in ((m.start(), m.groups()) for m in re.finditer(r"(\\?[{}])", text)):
-        depth += {"{": 1, "}": -1}.get(sign, 0)
-        if depth == 0:
-            return text[1:place]
-    return None
+def _closed_braces(text: str) -> dict[int, int]:
+    """The place of each brace that is closed, and that of the brace which closes it."""
+    waiting: list[int] = []
+    closed = {}
+    for found in re.finditer(r"\\[{}]|[{}]", text):
+        if found[0] == "{":
+            waiting.append(found.start())
+        elif found[0] == "}" and waiting:
+            closed[waiting.pop()] = found.start()
+    return closed
 
 
 def _sentence(text: str) -> str:
     """The first line with something in it, or more where braces are open, up to its full stop."""
-    taken = ""
-    for line in text.strip().split("\n"):
-        taken += line if not taken else f"\n{line}"
-        opened = len(re.findall(r"\\begin\b", taken)) - len(re.findall(r"\\end\b", taken))
-        if taken.strip(" $\\[(") and opened <= 0 and taken.count("{") <= taken.count("}"):
+    lines = text.strip().split("\n")[:50]
+    taken = lines[0]
+    for number, line in enumerate(lines):
+        longer = "\n".join(lines[: number + 1])
+        opened = len(re.findall(r"\\begin\b", longer)) - len(re.findall(r"\\end\b", longer))
+        if line.strip(" $\\[(") and opened <= 0 and longer.count("{") <= longer.count("}"):
+            taken = longer
             break
     # a short word before the stop is rather an abbreviation
     return re.split(r"(?<=[\d)}\]$%])\.\s+(?=[A-Z])|(?<=[a-z]{4})\.\s+(?=[A-Z])", taken)[0]
@@ -126,12 +136,13 @@ def _sentence(text: str) -> str:
 def _tidied(text: str) -> str:
     """An answer without what stands around it."""
     text = text.strip().strip("*").strip()
-    text = re.sub(r"[.,;:!\s]+\Z", "", text) if not text.endswith(("\\!", "\\,", "\\;")) else text
+    if not text.endswith(("\\!", "\\,", "\\;", "\\:")):
+        text = text.rstrip(".,;:! \t\n")
     for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
             inside = text[len(left) : -len(right)]
             if left not in inside:
-                text = re.sub(r"[.\s]+\Z", "", inside).strip()
+                text = inside.rstrip(". \t\n").strip()
     if unit := _UNIT.fullmatch(text):
         text = unit[1]
     return _plain_number(text) if _FIRST_NUMBER.fullmatch(text) else text
@@ -210,7 +221,7 @@ def key(answer: str, level: str = "hendrycks") -> str | Fraction:
     """
     if level not in get_args(Level):
         raise ConfigError(f"level {level!r}: must be one of {', '.join(get_args(Level))}")
-    if level == "exact":
+    if level == "exact" or len(answer) > LONGEST:
         return answer.strip()
     number = _number(_without_percent(_lightly(answer)))
     if number is not None:
@@ -221,6 +232,8 @@ def key(answer: str, level: str = "hendrycks") -> str | Fraction:
 @lru_cache(maxsize=100_000)
 def _same(first: str, second: str, timeout: float) -> bool:
     """By math-verify, unless it is clear already."""
+    if max(len(first), len(second)) > LONGEST:
+        return False
     one, other = key(first), key(second)
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         far = abs(one - other) > Fraction(1, 10_000) * max(1, abs(other))
@@ -267,7 +280,7 @@ def _lightly(text: str) -> str:
     text = re.sub(r"(?<=\d)(?:\\,|~|\\ |\\;)(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"\\[,;: ]|~|\\q?quad\b|\\enspace\b", " ", text)
     text = re.sub(r"\s+", " ", text).strip()
-    return re.sub(r"(?<!\\)[.\s]+\Z", "", text) if re.search(r"[^.\s]", text) else text
+    return text.rstrip(". ") or text
 
 
 def _without_percent(text: str) -> str:
@@ -356,7 +369,7 @@ def _normal(answer: str) -> str | Fraction:
     text = re.sub(r"(?<=\d)\.(?!\d)", "", text)
     text = re.sub(r"(?<=\d) (?=\d)", "\x00", text)  # two numbers do not make one
     text = re.sub(r"\s+", "", text).replace("\x00", " ")
-    while text.startswith("{") and _braced(text) == text[1:-1]:
+    while _closed_braces(text).get(0) == len(text) - 1:
         text = text[1:-1]
     number = _number(text)
     return text if number is None else number

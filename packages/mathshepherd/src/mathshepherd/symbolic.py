@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from io import TextIOBase
 from typing import Any
 
@@ -181,11 +182,16 @@ def serve(questions: Iterable[str], answers: TextIOBase) -> None:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
         return
     print(json.dumps({"ready": True}), file=answers, flush=True)
+
+    @lru_cache(maxsize=4096)  # a right answer is compared many times
+    def formula(text: str, whole: int) -> list[Any]:
+        return parse(f"${text}$", parsing_timeout=whole)
+
     for line in questions:
         first, second, timeout = json.loads(line)
         _limit(timeout)
         whole = max(1, round(timeout))
-        forms = [parse(f"${text}$", parsing_timeout=whole) for text in (first, second)]
+        forms = [formula(text, whole) for text in (first, second)]
         found = all(forms) and (
             verify(forms[0], forms[1], timeout_seconds=whole)
             or verify(forms[1], forms[0], timeout_seconds=whole)
