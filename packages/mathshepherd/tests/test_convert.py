@@ -242,6 +242,50 @@ def test_prefixes_become_paths(tmp_path):
     assert {one.answer for one in found} == {"3"}
 
 
+def test_trees_become_paths(tmp_path):
+    def node(text, share, *children):
+        return {"text": text, "mc_value": share, "children": list(children)}
+
+    tree = node(
+        "Q?", 0.5, node("a", 0.5, node("b ", 1.0), node("so \\boxed{4}", 0.0)), node("c", 0)
+    )
+    row = {"question": "Q?", "final_answer": "3", "reasoning_steps": tree}
+    found = read(put(tmp_path, row), "math-aps")
+    assert [one.steps for one in found] == [("a", "b"), ("a", "so \\boxed{4}"), ("c",)]
+    assert [one.labels.soft for one in found if one.labels] == [(0.5, 1.0), (0.5, 0.0), (0.0,)]
+    assert [one.labels.hard for one in found if one.labels] == [(1, 1), (1, 0), (0,)]
+    assert [(one.predicted, one.finished) for one in found] == [
+        (None, False), ("4", True), (None, False),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="'reasoning_steps' must be dict or list"):
+        read(put(tmp_path, row | {"reasoning_steps": 3}), "math-aps")
+
+
+def test_the_chosen_path_of_prm800k(tmp_path):
+    def step(*rated, chosen=None, own=None):
+        completions = [{"text": text, "rating": rating} for text, rating in rated]
+        human = own and {"text": own, "rating": None}
+        return {"completions": completions, "human_completion": human, "chosen_completion": chosen}
+
+    def path(*steps, reason="solution"):
+        label = {"steps": list(steps), "finish_reason": reason}
+        question = {"problem": "Q?", "ground_truth_answer": 7}
+        return read(put(tmp_path, {"question": question, "label": label}), "prm800k")[0]
+
+    one = path(
+        step(("a", 1), ("x", -1), chosen=0), step(("y", -1), own="b"), step(("c", 0), chosen=0),
+        step(("d", None), chosen=0), step(("z", -1), ("e\n\n# Answer\n\n7", 1), chosen=1),
+    )  # fmt: skip
+    assert one.steps == ("a", "b", "c", "d", "e\n\n# Answer\n\n7")
+    assert one.labels == StepLabels((1, 1, 1, None, 1), strategy="prm800k")
+    assert (one.answer, one.predicted, one.finished) == ("7", "7", True)
+    one = path(
+        step(("a", 1), chosen=0), step(("b", -1), ("x", 1)), step(("y", 1)), reason="found_error"
+    )
+    assert (one.steps, one.finished, one.predicted) == (("a", "b"), False, None)
+    assert path(step(("a", 1), chosen=0), step(), reason="give_up").steps == ("a",)
+
+
 def test_answers_of_released_rows(tmp_path):
     text = "Q? Step 1: 2 + 2 = 4. The answer is: 4 {0}"
     rows = [{"input": text.format("ки"), "label": text.format(sign)} for sign in "+-"]
@@ -295,6 +339,7 @@ COUNTS = {
 
 
 @pytest.mark.realdata
+@pytest.mark.untraced
 def test_real_files_are_read_and_written_again(data_folder, tmp_path):
     for name, (kind, count) in COUNTS.items():
         found = read(data_folder / "step_labels" / name, kind)
@@ -315,6 +360,7 @@ def test_real_files_are_read_and_written_again(data_folder, tmp_path):
 
 
 @pytest.mark.realdata
+@pytest.mark.untraced
 def test_released_rows_are_written_as_they_were(data_folder, tmp_path):
     import gzip
 
@@ -328,6 +374,7 @@ def test_released_rows_are_written_as_they_were(data_folder, tmp_path):
 
 
 @pytest.mark.realdata
+@pytest.mark.untraced
 def test_paths_chosen_in_prm800k(data_folder):
     found = read(data_folder / "step_labels" / "openr_samples_prm800k.jsonl.gz", "prm800k")
     assert [one.labels.hard for one in found if one.labels] == [
@@ -339,6 +386,7 @@ def test_paths_chosen_in_prm800k(data_folder):
 
 
 @pytest.mark.realdata
+@pytest.mark.untraced
 def test_real_benchmarks(data_folder):
     for name, wrong, hidden in (
         ("gsm8k", 207, 7), ("math", 594, 94), ("olympiadbench", 661, 161), ("omnimath", 759, 259),

@@ -182,6 +182,7 @@ def oracle(one):
 
 
 @pytest.mark.realdata
+@pytest.mark.untraced
 def test_fake_scorers_on_processbench(data_folder):
     found = {
         name: read(data_folder / "processbench" / f"{name}.json.gz", "processbench")
@@ -214,6 +215,7 @@ def test_fake_scorers_on_processbench(data_folder):
 
 
 @pytest.mark.realdata
+@pytest.mark.untraced
 def test_fake_scorers_on_prmbench(data_folder):
     found = read(data_folder / "step_labels" / "prmbench_subset400.jsonl.gz", "prmbench")
     modified, original = found[::2], found[1::2]

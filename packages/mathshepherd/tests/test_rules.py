@@ -106,6 +106,7 @@ def test_steps_by_numbers():
 
 
 @pytest.mark.realdata
+@pytest.mark.untraced
 def test_all_notes_of_gsm8k_are_right(data_folder):
     with gzip.open(data_folder / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -120,6 +121,7 @@ def test_all_notes_of_gsm8k_are_right(data_folder):
 
 
 @pytest.mark.realdata
+@pytest.mark.untraced
 def test_rules_on_released_solutions(data_folder):
     """Labels of the released set (by rollouts) and of the calculator differ, as they should."""
     from mathshepherd.steps import StepFormat

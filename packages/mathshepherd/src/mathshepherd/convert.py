@@ -342,13 +342,8 @@ def _from_aps(row: Row) -> Iterator[Solution]:
     A prefix that is given twice has the mean of both shares. A path without an answer did not end.
     """
     given = row["reasoning_steps"]
-    if isinstance(given, dict):
-        paths = list(_tree_paths(given))
-    elif isinstance(given, list):
-        paths = list(_prefix_paths(row["question"], given))
-    else:
-        raise DataError("`reasoning_steps` must be a list of prefixes or a tree")
-    for path in paths:
+    tree = isinstance(given, dict)
+    for path in _tree_paths(given) if tree else _prefix_paths(row["question"], given):
         steps, shares = [text for text, _ in path], [share for _, share in path]
         for share in shares:
             if not isinstance(share, int | float) or not 0 <= share <= 1:
