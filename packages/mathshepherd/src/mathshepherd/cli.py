@@ -96,9 +96,7 @@ def sample(
 
     choice = {"model": model, "data": data, "samples": samples, "limit": limit}
     with RunDir.open(out, options_of(form, sampling, engine, runtime, choice), overwrite) as run:
-        tables = stations.sample(
-            run, model, data, samples, sampling, form, runtime, engine, limit
-        )
+        tables = stations.sample(run, model, data, samples, sampling, form, runtime, engine, limit)
         return _ended(run, "sample", tables, f"Solutions: {out}")
 
 

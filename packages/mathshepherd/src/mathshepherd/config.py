@@ -30,6 +30,29 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What makes completions."""
+
+    engine: Literal["local", "vllm", "server"] = "local"
+    """local: in this process; vllm: with the extra [vllm]; server: any with the /v1/completions of
+    OpenAI's (vLLM, SGLang, llama.cpp ...), whose model MODEL then names."""
+
+    server: str = ""
+    """Its address, like http://localhost:8000/v1."""
+
+    rows: int = 256
+    """Completions made at once."""
+
+    retries: int = 3
+    """Times that a request to the server is repeated when it fails."""
+
+    def __post_init__(self) -> None:
+        _check(self, rows=(1, None, False), retries=(0, None, False))
+        if bool(self.server) != (self.engine == "server"):
+            raise ConfigError("--engine server and --server ADDRESS go together")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnnotateConfig:
     """How steps are labelled."""
 

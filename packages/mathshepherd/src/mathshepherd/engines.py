@@ -6,33 +6,15 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from octavo.errors import ConfigError, ModelError
 from octavo.models import load_model, load_tokenizer
 from octavo.runtime import Runtime
 
-from mathshepherd.config import Sampling
+from mathshepherd.config import Engine, Sampling
 from mathshepherd.generate import Completion, Generator, LocalGenerator, Request
 from mathshepherd.reward_model import model_folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """What makes completions."""
-
-    engine: Literal["local", "vllm", "server"] = "local"
-    """local: in this process; vllm: with the extra [vllm]; server: any with the /v1/completions of
-    OpenAI's (vLLM, SGLang, llama.cpp ...), whose model MODEL then names."""
-
-    server: str = ""
-    """Its address, like http://localhost:8000/v1."""
-
-    rows: int = 256
-    """Completions made at once."""
-
-    retries: int = 3
-    """Times that a request to the server is repeated when it fails."""
 
 
 def open_engine(
@@ -52,10 +34,6 @@ def open_engine(
     """
     from transformers import AutoModelForCausalLM
 
-    if engine.rows < 1 or engine.retries < 0:
-        raise ConfigError("--rows must be 1 or more, and --retries 0 or more")
-    if bool(engine.server) != (engine.engine == "server"):
-        raise ConfigError("--engine server and --server ADDRESS go together")
     if engine.engine == "server":
         return ServerGenerator(engine.server, source, sampling, engine.rows, engine.retries)
     folder = model_folder(source)

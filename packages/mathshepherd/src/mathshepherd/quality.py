@@ -25,8 +25,8 @@ def label_quality(solutions: Sequence[Solution]) -> dict[str, Any]:
     """
     pairs = [
         (hard, soft, true) for one in solutions if one.labels and one.truth
-        for hard, soft, true in zip(
-            one.labels.hard, one.labels.soft or [None] * len(one.steps), one.truth, strict=True
+        for hard, soft, true in zip(  # truth may end at the first error
+            one.labels.hard, one.labels.soft or [None] * len(one.steps), one.truth, strict=False
         ) if hard is not None
     ]  # fmt: skip
     if not pairs:

@@ -17,8 +17,15 @@ from octavo.training import TrainOptions, discard_checkpoints
 
 from mathshepherd import annotate as annotating
 from mathshepherd import quality, verify
-from mathshepherd.config import AnnotateConfig, PPOConfig, RewardConfig, Sampling, Shaping
-from mathshepherd.engines import Engine, open_engine
+from mathshepherd.config import (
+    AnnotateConfig,
+    Engine,
+    PPOConfig,
+    RewardConfig,
+    Sampling,
+    Shaping,
+)
+from mathshepherd.engines import open_engine
 from mathshepherd.records import (
     ROWS,
     Problem,

@@ -165,7 +165,9 @@ def step_quality(solutions: Sequence[Solution], score: str) -> dict[str, Any]:
 
     known = [one for one in solutions if one.truth]
     true = [value for one in known for value in one.truth or ()]
-    scores = [value for one in known for value in one.scores[score]]
+    scores = [
+        value for one in known for value, _ in zip(one.scores[score], one.truth or (), strict=False)
+    ]
     if len(set(true)) < 2:
         raise DataError("no steps of known truth, or all alike")
     accuracy = float(np.mean((np.array(scores) > 0.5) == np.array(true, dtype=bool)))
