@@ -1,6 +1,6 @@
 """The stations of the method as commands, each on the user's own model and rows."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -348,3 +348,103 @@ def ppo(
         )  # fmt: skip
         no = f"stopped: {stopped}; the best policy so far is kept" if stopped else ""
         return _ended(run, "ppo", tables, f"Policy: {out / 'model'}", no)
+
+
+@app.command
+def processbench(
+    model: str,
+    *,
+    data: list[str],
+    out: Path,
+    threshold: float | None = None,
+    choose_on: str | None = None,
+    family: Literal["math-shepherd", "rlhflow", "skywork", "qwen"] | None = None,
+    limit: int = 0,
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Find the first wrong step of ProcessBench's solutions, or PRMBench's wrong steps.
+
+    Args:
+        model: Folder or hub id of a reward model.
+        data: Files as the benchmarks have them, one a subset; several times for several.
+        out: Folder of the run.
+        threshold: A step scored below it is wrong; 0.5 where nothing is said.
+        choose_on: Subset on which the threshold is chosen instead, by its file's name.
+        family: Of a public reward model; none for one that was trained here.
+        limit: The first so many solutions of each file; 0 for all.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    choice = {"model": model, "data": data, "threshold": threshold, "choose_on": choose_on,
+              "family": family, "limit": limit}  # fmt: skip
+    with RunDir.open(out, options_of(runtime, choice), overwrite) as run:
+        tables = stations.processbench(
+            run, model, data, runtime, threshold, choose_on, family, limit
+        )
+        return _ended(run, "processbench", tables, f"Run: {out}")
+
+
+@app.command
+def convert(
+    data: str,
+    *,
+    source: str,
+    target: str,
+    out: Path,
+    labels: Literal["hard", "soft"] = "hard",
+    overwrite: bool = False,
+) -> Outcome:
+    """Turn labelled steps into another format; `rows` is this package's own.
+
+    Args:
+        data: File in the source's format.
+        source: rows, mathshepherd, prm800k, trl, openrlhf, rlhflow, math-aps, processbench, prmbench.
+        target: rows, mathshepherd, prm800k, trl, openrlhf, rlhflow or math-aps.
+        out: File to write.
+        labels: Which are written.
+        overwrite: Replace a file that lies there.
+    """
+    from mathshepherd import stations
+
+    return Outcome(
+        stations.convert_rows(data, source, target, out, labels, overwrite), note=f"Rows: {out}"
+    )
+
+
+@app.command
+def report(runs: list[Path], *, out: Path, overwrite: bool = False) -> Outcome:
+    """Put the results of several commands into one report.
+
+    Args:
+        runs: Folders that other commands wrote.
+        out: Folder of the report.
+        overwrite: Start anew where a report already lies.
+    """
+    from mathshepherd.report import combined
+
+    return Outcome({}, note=f"Report: {combined(runs, out, overwrite)}")
+
+
+@app.command
+def demo(
+    profile: Literal["quick", "full"] = "quick",
+    *,
+    seeds: Seeds = (0,),
+    out: Path = Path("mathshepherd-demo"),
+    overwrite: bool = False,
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """From fine-tuning to reinforcement on a toy shop's problems, offline, and the paper's claims on it.
+
+    Args:
+        profile: quick (about a minute) or full (about five).
+        seeds: Seeds to repeat it with; claims are judged on their means, like 3,4,5.
+        out: Folder of the report.
+        overwrite: Start anew where a demo already lies.
+    """
+    from mathshepherd.demo import run_demo
+
+    runtime.start()
+    return run_demo(profile, seeds, out, overwrite, runtime)

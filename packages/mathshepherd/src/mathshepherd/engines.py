@@ -59,7 +59,7 @@ class VllmGenerator:
 
     def __init__(self, source: str, sampling: Sampling, seed: int = 0, **options: Any) -> None:
         try:
-            import vllm
+            import vllm  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ConfigError(
                 "--engine vllm: is not installed; pip install 'mathshepherd[vllm]'"
@@ -144,6 +144,7 @@ class ServerGenerator:
         asked = urllib.request.Request(
             f"{self.address.rstrip('/')}/completions", body, {"Content-Type": "application/json"}
         )
+        problem = ""
         for attempt in range(self.retries + 1):
             try:
                 with urllib.request.urlopen(asked, timeout=600) as response:

@@ -585,8 +585,10 @@ class _Trainer:
 
     def save(self, done: int, history: list[dict[str, Any]], best: tuple[int, float]) -> None:
         """Write everything that the next iteration needs."""
-        content = {"actor": self._plain(self.actor).state_dict(),
-                   "optimizer": self.optimizer.state_dict(), "done": done, "history": history, "best": list(best), "last": self.last}  # fmt: skip
+        content = {
+            "actor": self._plain(self.actor).state_dict(), "optimizer": self.optimizer.state_dict(),
+            "done": done, "history": history, "best": list(best), "last": self.last,
+        }  # fmt: skip
         if self.critic is not None:
             content["critic"] = self._plain(self.critic).state_dict()
         self._write("last.pt", content)

@@ -3,20 +3,20 @@
 What one leaves is what the next takes: a folder of rows (`solutions.jsonl`) or of a model (`model`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.data import iter_rows
 from octavo.errors import ConfigError, DataError
 from octavo.models import save_model
-from octavo.rundir import RunDir
+from octavo.rundir import RunDir, refuse_existing
 from octavo.runtime import Runtime
 from octavo.training import TrainOptions, discard_checkpoints
 
 from mathshepherd import annotate as annotating
-from mathshepherd import quality, verify
+from mathshepherd import convert, quality, verify
 from mathshepherd.config import (
     AnnotateConfig,
     Engine,
@@ -296,6 +296,67 @@ def ppo(
     return {"Policy": [last], "Checks": found.history}, found.stopped
 
 
-def scored_methods(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Methods by name from `score aggregate` in words."""
-    return {name: (words.split()[0], words.split()[1]) for name, words in names.items()}
+def processbench(
+    run: RunDir, source: str, data: Sequence[str], runtime: Runtime, threshold: float | None = None,
+    choose_on: str | None = None, family: str | None = None, limit: int = 0, batch_tokens: int = 16384,
+) -> Tables:  # fmt: skip
+    """Score ProcessBench's solutions, or PRMBench's, and find their wrong steps."""
+    from mathshepherd import processbench as bench
+    from mathshepherd.adapters import open_scorer
+
+    scorer = open_scorer(source, family, runtime.start(), runtime.torch_dtype())
+    subsets: dict[str, bench.Subset] = {}
+    tables: Tables = {}
+    for file in data:
+        columns = {"error_steps": list | None, "steps": list | None}
+        is_prmbench = next(iter_rows(file, columns), {}).get("error_steps") is not None
+        solutions = convert.read(file, "prmbench" if is_prmbench else "processbench")
+        solutions = solutions[: limit * (2 if is_prmbench else 1)] if limit else solutions
+        scores = scorer.step_scores(
+            [one.question for one in solutions], [one.steps for one in solutions],
+            batch_tokens=batch_tokens,
+        )  # fmt: skip
+        scored = [
+            with_scores(one, "model", found) for one, found in zip(solutions, scores, strict=True)
+        ]
+        name = Path(file).name.split(".")[0]
+        write_solutions(run.path / f"{name}.jsonl", scored)
+        if is_prmbench:
+            errors = [
+                [n for n, good in enumerate(one.truth or (), 1) if not good] for one in scored[::2]
+            ]
+            rows = bench.evaluate_prmbench(
+                [one.scores["model"] for one in scored[::2]], errors,
+                [one.problem.partition(":")[0] for one in scored[::2]],
+                [one.scores["model"] for one in scored[1::2]], threshold or 0.5,
+            )  # fmt: skip
+            tables[f"PRMBench, {name}"] = [asdict(row) for row in rows]
+        else:
+            subsets[name] = bench.Subset.of(scored, "model")
+    if subsets:
+        found = bench.evaluate_processbench(subsets, threshold, choose_on)
+        tables["ProcessBench"] = [
+            {k: v for k, v in asdict(row).items() if k != "interval"}
+            | dict(zip(("low", "high"), row.interval or (None, None), strict=True))
+            for row in found
+        ]
+    return tables
+
+
+def convert_rows(
+    data: str, source: str, target: str, out: Path, labels: str = "hard", overwrite: bool = False
+) -> Tables:
+    """Turn labelled steps from one format into another; `rows` is this package's own."""
+    for name, known in (("source", convert.FORMATS), ("target", convert.WRITABLE)):
+        if (given := {"source": source, "target": target}[name]) not in ("rows", *known):
+            raise ConfigError(f"--{name} {given}: is none of rows, {', '.join(known)}")
+    refuse_existing(out, overwrite)
+    solutions = load_solutions(data) if source == "rows" else convert.read(data, source)
+    if target == "rows":
+        write_solutions(out, solutions)
+        count = len(solutions)
+    else:
+        count = convert.write(solutions, out, target, labels)
+    return {
+        "Converted": [{"from": source, "to": target, "solutions": len(solutions), "rows": count}]
+    }

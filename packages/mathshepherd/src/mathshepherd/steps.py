@@ -1,8 +1,8 @@
 """One place that splits solutions into steps, joins them and puts tags behind them."""
 
+import json
 import re
 from collections.abc import Sequence
-import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
