@@ -20,9 +20,9 @@ from mathshepherd.report import checks_figure, curves_figure, rollouts_figure, s
 
 ABOUT = (
     "Word problems of a toy shop, whose demonstrator often does something else than two kinds of "
-    "events ask for. So the generator is wrong in a way that a majority vote cannot mend, while it takes the "
-    "right step often enough for the others to find it: that is how the task is made, and it is the "
-    "case the method is for. Everything is trained from scratch."
+    "events ask for. So the generator is wrong in a way that a majority vote cannot mend, while it "
+    "takes the right step often enough for the others to find it: that is how the task is made, and "
+    "it is the case the method is for. Everything is trained from scratch."
 )
 NOT_HERE = (
     "Not shown here: that a process reward model is much better than an outcome one (chains are "

@@ -45,8 +45,8 @@ class Shop:
     events: tuple[int, int] = (4, 6)
     highest: int = 30
     operand: int = 5
-    noise: float = 0.6
-    noise_triples: float = 0.45
+    noise: float = 0.65
+    noise_triples: float = 0.5
     clock: int = 0
 
 
