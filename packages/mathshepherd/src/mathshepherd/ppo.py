@@ -12,8 +12,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,47 +26,21 @@ from octavo.runtime import Runtime, is_main, rank, seed_everything, world_size
 from torch import Tensor, nn
 
 from mathshepherd.aggregate import aggregate
-from mathshepherd.answers import equivalent, extract
-from mathshepherd.config import PPOConfig, Sampling, Shaping
-from mathshepherd.generate import Tokens, continue_tokens, encode, end_tokens, seed_of
+from mathshepherd.answers import equivalent
+from mathshepherd.config import PPOConfig, Shaping
+from mathshepherd.generate import seed_of
 from mathshepherd.monitor import Alarm, alarm
 from mathshepherd.records import Problem
-from mathshepherd.reward_model import StepRewardModel, pad, token_batches
+from mathshepherd.responses import Responder, Response, gathered
+from mathshepherd.reward_model import StepRewardModel, pad
 from mathshepherd.rewards import final_rewards, gae, grpo, rloo, step_rewards, whiten
 from mathshepherd.sample import Grader
-from mathshepherd.steps import StepFormat, StepTokens
+from mathshepherd.steps import StepFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Response:
-    """What was sampled for a question, and what was found out about it.
-
-    Attributes:
-        prompt: its tokens.
-        ids: the response's, with the end token where there is one.
-        ends: the token each step ends with.
-        scores: of the steps.
-        right: whether the answer is; None where that is not known.
-        answered: whether it has one and came to its end.
-        old: log-probability of each token under the policy that sampled it.
-        reference: the same under the reference policy.
-        values: the critic's, before each token.
-    """
-
-    prompt: list[int]
-    ids: list[int]
-    ends: list[int]
-    scores: list[float]
-    right: bool | None
-    answered: bool
-    old: Tensor = field(default_factory=lambda: torch.empty(0))
-    reference: Tensor = field(default_factory=lambda: torch.empty(0))
-    values: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -250,24 +223,25 @@ class _Trainer:
         config: PPOConfig, shaping: Shaping, form: StepFormat, seed: int, grade: Grader,
         accelerator: Any,
     ) -> None:  # fmt: skip
-        self.tokenizer, self.reward, self.run = tokenizer, reward, run
-        self.config, self.shaping, self.form = config, shaping, form
-        self.seed, self.grade, self.accelerator = seed, grade, accelerator
+        self.reward, self.run, self.config, self.shaping = reward, run, config, shaping
+        self.seed, self.accelerator = seed, accelerator
         device = accelerator.device
         policy.to(device)
-        self.same_tokens = reward is not None and _same_tokens(tokenizer, reward, form)
         self.reference = None
         if config.lora_rank:
             policy = _with_adapter(policy, config.lora_rank)
         elif config.kl:
             self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
         self.policy = policy.eval()
+        self.responder = Responder(
+            policy, tokenizer, reward, form, config.max_new_tokens, grade, accelerator.autocast
+        )
         shared = config.advantage == "gae" and config.critic == "shared"
         self.actor: Any = Actor(policy, shared)
         self.critic: Any = None
         groups = [{"params": [one for one in self.actor.parameters() if one.requires_grad]}]
         if config.advantage == "gae" and not shared:
-            begin = reward.model if reward is not None and self.same_tokens else policy
+            begin = reward.model if reward is not None and self.responder.same_tokens else policy
             self.critic = Critic(copy.deepcopy(begin).float().to(device).requires_grad_(True))
             rate = config.critic_learning_rate or config.learning_rate
             groups.append({"params": list(self.critic.parameters()), "lr": rate})  # pyright: ignore
@@ -278,7 +252,6 @@ class _Trainer:
             self.actor = accelerator.prepare(self.actor)
             self.critic = self.critic and accelerator.prepare(self.critic)
             self.optimizer = accelerator.prepare(self.optimizer)
-        self.ends = end_tokens(policy, tokenizer)
         self.last: dict[str, float] = {}
 
     # One iteration
@@ -288,84 +261,15 @@ class _Trainer:
         config = self.config
         asked = _drawn(problems, config.rollouts // config.group, iteration, self.seed)
         share = list(range(len(asked)))[rank() :: world_size()]
-        made = self.respond(
+        made = self.responder(
             [asked[n] for n in share], config.group, config.temperature,
             [[seed_of("ppo", self.seed, iteration, n, k) for k in range(config.group)] for n in share],
         )  # fmt: skip
         self.judge_tokens(made)
-        rows = _gathered(made, config.group)
+        rows = gathered(made, config.group)
         batch = self.batch(rows)
         self.last = self.update(iteration, rows, batch) | self.summary(rows, batch)
         self.run.log(iteration=iteration + 1, **self.last)
-
-    @torch.no_grad()
-    def respond(
-        self, problems: Sequence[Problem], count: int, temperature: float,
-        seeds: Sequence[Sequence[int]],
-    ) -> list[Response]:  # fmt: skip
-        """Responses of the policy with the scores of their steps, those of a question together."""
-        sampling = Sampling(temperature=temperature, max_new_tokens=self.config.max_new_tokens)
-        prompts = [encode(self.tokenizer, self.form.question(one.question)) for one in problems]
-        made: list[list[Tokens]] = []
-        size = max(1, 256 // count)
-        with self.accelerator.autocast():
-            for start in range(0, len(prompts), size):
-                part = slice(start, start + size)
-                made += continue_tokens(
-                    self.policy, prompts[part], seeds[part], sampling, self.ends
-                )
-        found = [
-            self._read(problem, prompt, tokens)
-            for problem, prompt, some in zip(problems, prompts, made, strict=True) for tokens in some
-        ]  # fmt: skip
-        self._score([one for one in problems for _ in range(count)], found)
-        return found
-
-    def _read(self, problem: Problem, prompt: list[int], tokens: Tokens) -> Response:
-        text = self.tokenizer.decode(tokens.text_ids)
-        predicted = extract("\n".join(self.form.split(text))) if tokens.finished else None
-        right = None if problem.answer is None else self.grade(predicted, problem.answer)
-        ends = step_ends(self.tokenizer, self.form, tokens.text_ids)
-        return Response(prompt, tokens.ids, ends, [], right, predicted is not None)
-
-    def _score(self, problems: Sequence[Problem], responses: Sequence[Response]) -> None:
-        """Put the reward model's scores to the responses' steps."""
-        reward = self.reward
-        some = [
-            (problem, one) for problem, one in zip(problems, responses, strict=True) if one.ends
-        ]
-        if reward is None or not some:
-            for _, one in some:
-                one.scores = [0.0] * len(one.ends)
-        elif self.same_tokens:
-            rows = [one.prompt + one.ids[: one.ends[-1] + 1] for _, one in some]
-            for batch in token_batches([len(row) for row in rows], 16384):
-                with self.accelerator.autocast():
-                    scores = reward.score_tokens([rows[n] for n in batch])
-                for n, values in zip(batch, scores, strict=True):
-                    some[n][1].scores = values.tolist()
-        else:
-            self._score_texts(reward, some)
-
-    def _score_texts(
-        self, reward: StepRewardModel, some: Sequence[tuple[Problem, Response]]
-    ) -> None:
-        """The same for a reward model with another tokenizer or format: steps by their texts."""
-        pieces = []
-        for _, one in some:
-            starts = [0, *(end + 1 for end in one.ends)]
-            texts = [self.tokenizer.decode(one.ids[a:b]) for a, b in pairwise(starts)]
-            pieces.append([text.replace(self.form.tag, "").strip() for text in texts])
-        whole = [n for n, steps in enumerate(pieces) if any(steps)]
-        scores = reward.step_scores(
-            [some[n][0].question for n in whole],
-            [[step for step in pieces[n] if step] for n in whole],
-        )
-        for (_, one), steps in zip(some, pieces, strict=True):
-            one.scores = [0.0] * len(steps)  # a blank step is worth nothing
-        for n, values in zip(whole, scores, strict=True):
-            given = iter(values.tolist())
-            some[n][1].scores = [next(given) if step else 0.0 for step in pieces[n]]
 
     @torch.no_grad()
     def judge_tokens(self, responses: Sequence[Response]) -> None:
@@ -542,8 +446,8 @@ class _Trainer:
         if history and history[-1]["iteration"] >= iteration:
             return ""
         share = list(dev)[rank() :: world_size()]
-        made = self.respond(share, 1, 0.0, [[0]] * len(share))
-        rows = _gathered(made, 1, len(dev))
+        made = self.responder(share, 1, 0.0, [[0]] * len(share))
+        rows = gathered(made, 1, len(dev))
         known = [one.right for one in rows if one.right is not None]
         scored = [
             aggregate(torch.tensor(one.scores).numpy(), "min") if one.scores else 0.0
@@ -585,10 +489,9 @@ class _Trainer:
 
     def save(self, done: int, history: list[dict[str, Any]], best: tuple[int, float]) -> None:
         """Write everything that the next iteration needs."""
-        content = {
-            "actor": self._plain(self.actor).state_dict(), "optimizer": self.optimizer.state_dict(),
-            "done": done, "history": history, "best": list(best), "last": self.last,
-        }  # fmt: skip
+        content = {"actor": self._plain(self.actor).state_dict(),
+                   "optimizer": self.optimizer.state_dict(), "done": done, "history": history,
+                   "best": list(best), "last": self.last}  # fmt: skip
         if self.critic is not None:
             content["critic"] = self._plain(self.critic).state_dict()
         self._write("last.pt", content)
@@ -662,35 +565,6 @@ def ppo_loss(
     return loss, torch.stack([policy_loss, value_loss, (entropy * mask).sum(), moved])
 
 
-def step_ends(tokenizer: Any, form: StepFormat, ids: Sequence[int]) -> list[int]:
-    """The token that each step of a response ends with.
-
-    With tags these are the tags. Without, a step ends before the joiner, found by the characters that
-    tokens add to the text.
-    """
-    if not form.plain:
-        tag = StepTokens.of(tokenizer, form).tag
-        return [n for n, one in enumerate(ids) if one == tag]
-    text = tokenizer.decode(list(ids))
-    lengths = [len(tokenizer.decode(list(ids[: n + 1]))) for n in range(len(ids))]
-    ends, place = [], 0
-    for piece in text.split(form.joiner):
-        place += len(piece)
-        if piece.strip():
-            ends.append(next(n for n, length in enumerate(lengths) if length >= place))
-        place += len(form.joiner)
-    return list(dict.fromkeys(ends))
-
-
-def _same_tokens(tokenizer: Any, reward: StepRewardModel, form: StepFormat) -> bool:
-    """Whether a reward model reads the policy's tokens as they are."""
-    return (
-        not form.plain
-        and reward.reading.form == form
-        and tokenizer.get_vocab() == reward.tokenizer.get_vocab()
-    )
-
-
 def _with_adapter(policy: Any, size: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
@@ -710,19 +584,6 @@ def _drawn(problems: Sequence[Problem], count: int, iteration: int, seed: int) -
     )
     begin = iteration % each * count
     return order[begin : begin + count]
-
-
-def _gathered(made: Sequence[Response], group: int, count: int | None = None) -> list[Response]:
-    """The responses of all processes, in the order one process alone has them."""
-    if world_size() == 1:
-        return list(made)
-    parts: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(parts, list(made))
-    total = count or sum(len(part) // group for part in parts)
-    return [
-        one for n in range(total)
-        for one in parts[n % world_size()][n // world_size() * group : (n // world_size() + 1) * group]
-    ]  # fmt: skip
 
 
 def _padded(rows: Sequence[Tensor], value: float = 0.0) -> Tensor:
