@@ -17,11 +17,11 @@ from typing import Any
 from octavo.console import counter
 from octavo.errors import ConfigError, DataError
 
-from mathshepherd.answers import equivalent, extract
+from mathshepherd.answers import equivalent
 from mathshepherd.config import AnnotateConfig
 from mathshepherd.generate import Generator, Request, seed_of
 from mathshepherd.records import Solution, StepLabels, without_doubles
-from mathshepherd.sample import Grader
+from mathshepherd.sample import Grader, answer_in
 from mathshepherd.steps import StepFormat
 
 
@@ -260,7 +260,7 @@ class _Completer:
         found = {}
         for one, key, some in zip(part, keys, self.generator(requests), strict=True):
             hits = [
-                completion.finished and self.grade(extract(completion.text), one.answer)
+                completion.finished and self.grade(answer_in(completion.text, self.form), one.answer)
                 for completion in some
             ]
             found[key] = (hits, sum(completion.tokens for completion in some))

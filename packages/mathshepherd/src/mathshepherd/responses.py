@@ -10,12 +10,12 @@ import torch
 from octavo.runtime import world_size
 from torch import Tensor
 
-from mathshepherd.answers import equivalent, extract
+from mathshepherd.answers import equivalent
 from mathshepherd.config import Sampling
 from mathshepherd.generate import Tokens, continue_tokens, encode, end_tokens
 from mathshepherd.records import Problem
 from mathshepherd.reward_model import StepRewardModel, token_batches
-from mathshepherd.sample import Grader
+from mathshepherd.sample import Grader, answer_in
 from mathshepherd.steps import StepFormat, StepTokens
 
 
@@ -98,7 +98,7 @@ class Responder:
 
     def _read(self, problem: Problem, prompt: list[int], tokens: Tokens) -> Response:
         text = self.tokenizer.decode(tokens.text_ids)
-        predicted = extract("\n".join(self.form.split(text))) if tokens.finished else None
+        predicted = answer_in(text, self.form) if tokens.finished else None
         right = None if problem.answer is None else self.grade(predicted, problem.answer)
         ends = step_ends(self.tokenizer, self.form, tokens.text_ids)
         return Response(prompt, tokens.ids, ends, [], right, predicted is not None)

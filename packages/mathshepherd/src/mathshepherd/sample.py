@@ -65,9 +65,14 @@ def read_solution(
     One that did not come to its end has no answer, whatever it holds.
     """
     steps = form.split(completion.text)
-    predicted = extract("\n".join(steps)) if completion.finished else None
+    predicted = answer_in(completion.text, form) if completion.finished else None
     correct = None if problem.answer is None else grade(predicted, problem.answer)
     return Solution(
         problem.id, number, problem.question, steps, problem.answer, predicted, correct,
         completion.finished,
     )  # fmt: skip
+
+
+def answer_in(text: str, form: StepFormat) -> str | None:
+    """The final answer that a text gives, which a tag may stand behind."""
+    return extract("\n".join(form.split(text)))
