@@ -300,7 +300,7 @@ def _binary(
         asked |= dict.fromkeys(queue)
         complete(queue)
         for n, prefix in middle.items():
-            if any(store.hits[prefix.key]):
+            if any(store.hits[prefix.key][: complete.config.rollouts]):
                 low[n] = len(prefix.steps)
             else:
                 high[n] = len(prefix.steps) - 1
@@ -312,13 +312,13 @@ def _binary(
 
 
 def shard(solutions: Sequence[Solution], which: str) -> list[Solution]:
-    """Part i of k (`1/4`): all solutions of every k-th problem, so that they still share prefixes.
+    """Part i of k (`1/4`): all solutions of a k-th of the problems, so that they still share prefixes.
 
     Raises:
         ConfigError: the words are not of that form.
     """
     first, _, count = which.partition("/")
-    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         raise ConfigError(f"--shard {which}: write it like 1/4, from 1/4 to 4/4")
     return [
         one for one in solutions if seed_of("shard", one.problem) % int(count) == int(first) - 1
