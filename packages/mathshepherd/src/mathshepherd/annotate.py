@@ -260,7 +260,8 @@ class _Completer:
         found = {}
         for one, key, some in zip(part, keys, self.generator(requests), strict=True):
             hits = [
-                completion.finished and self.grade(answer_in(completion.text, self.form), one.answer)
+                completion.finished
+                and self.grade(answer_in(completion.text, self.form), one.answer)
                 for completion in some
             ]
             found[key] = (hits, sum(completion.tokens for completion in some))

@@ -1,19 +1,21 @@
 """What writes the solutions: a model in this process, vLLM, or any server that completes texts."""
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
-from octavo.errors import ConfigError, ModelError
+from octavo.errors import ConfigError, DataError, ModelError
 from octavo.models import load_model, load_tokenizer
 from octavo.runtime import Runtime
 
 from mathshepherd.config import Engine, Sampling
-from mathshepherd.generate import Completion, Generator, LocalGenerator, Request
+from mathshepherd.generate import Completion, Generator, LocalGenerator, Request, encode
 from mathshepherd.reward_model import model_folder
 
 
@@ -38,7 +40,7 @@ def open_engine(
         return ServerGenerator(engine.server, source, sampling, engine.rows, engine.retries)
     folder = model_folder(source)
     if engine.engine == "vllm":
-        return VllmGenerator(folder, sampling, runtime.seed)
+        return VllmGenerator(folder, sampling, seed=runtime.seed, dtype=runtime.dtype)
     device = runtime.start()
     model = load_model(AutoModelForCausalLM, folder, dtype=runtime.torch_dtype())
     return LocalGenerator(model.to(device).eval(), load_tokenizer(folder), sampling, engine.rows)  # pyright: ignore
@@ -50,14 +52,14 @@ class VllmGenerator:
     Args:
         source: folder or hub id.
         sampling: how tokens are drawn; each completion has a seed of its own.
-        seed: of the engine.
-        options: for `vllm.LLM`, such as `tensor_parallel_size`.
+        options: for `vllm.LLM`, such as `seed`, `dtype` or `tensor_parallel_size`.
 
     Raises:
         ConfigError: vLLM is not installed.
+        ModelError: it cannot load the model.
     """
 
-    def __init__(self, source: str, sampling: Sampling, seed: int = 0, **options: Any) -> None:
+    def __init__(self, source: str, sampling: Sampling, **options: Any) -> None:
         try:
             import vllm  # pyright: ignore[reportMissingImports]
         except ImportError:
@@ -65,31 +67,39 @@ class VllmGenerator:
                 "--engine vllm: is not installed; pip install 'mathshepherd[vllm]'"
             ) from None
         self.vllm, self.sampling = vllm, sampling
-        self.model = vllm.LLM(model=source, enable_prefix_caching=True, seed=seed, **options)
+        try:
+            self.model = vllm.LLM(model=source, enable_prefix_caching=True, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModelError(f"{source}: vLLM cannot load it ({_line(error)})") from error
 
     def __call__(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Completions of each request, in its seeds' order."""
-        sampling = self.sampling
-        flat = [(request.text, seed) for request in requests for seed in request.seeds]
-        settings = [
-            self.vllm.SamplingParams(
-                n=1, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed % 2**31,
-                max_tokens=sampling.max_new_tokens, skip_special_tokens=False,
-                spaces_between_special_tokens=False,
-            )
-            for _, seed in flat
-        ]  # fmt: skip
-        made = iter(self.model.generate([text for text, _ in flat], settings, use_tqdm=False))
-        found = []
-        for request in requests:
-            outputs = [next(made).outputs[0] for _ in request.seeds]
-            found.append(
-                [
-                    Completion(one.text, one.finish_reason == "stop", len(one.token_ids))
-                    for one in outputs
-                ]
-            )
-        return found
+        """Completions of each request, in its seeds' order.
+
+        Raises:
+            DataError: vLLM refuses a text, for one that is too long.
+        """
+        sampling, tokenizer = self.sampling, self.model.get_tokenizer()
+        prompts, settings = [], []
+        for request in requests:  # as tokens, so that all engines begin a text alike
+            prompts += [{"prompt_token_ids": encode(tokenizer, request.text)}] * len(request.seeds)
+            settings += [
+                self.vllm.SamplingParams(
+                    n=1, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed % 2**31,
+                    max_tokens=sampling.max_new_tokens, skip_special_tokens=False,
+                    spaces_between_special_tokens=False,
+                )
+                for seed in request.seeds
+            ]  # fmt: skip
+        try:
+            made = iter(self.model.generate(prompts, settings, use_tqdm=False))
+        except ValueError as error:
+            raise DataError(f"vLLM refuses a text ({_line(error)})") from error
+        return [[_completion(next(made).outputs[0]) for _ in one.seeds] for one in requests]
+
+
+def _completion(output: Any) -> Completion:
+    """One of vLLM's."""
+    return Completion(output.text, output.finish_reason == "stop", len(output.token_ids))
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,8 @@ class ServerGenerator:
         sampling: how tokens are drawn; each completion has a seed of its own.
         workers: requests at once.
         retries: of a request that fails.
+        wait: seconds before the first repetition; twice as long before each further one.
+        timeout: seconds that one answer may take.
     """
 
     address: str
@@ -109,6 +121,12 @@ class ServerGenerator:
     sampling: Sampling
     workers: int = 32
     retries: int = 3
+    wait: float = 0.2
+    timeout: float = 600
+
+    def __post_init__(self) -> None:
+        if not self.address.startswith(("http://", "https://")):
+            raise ConfigError(f"--server {self.address}: must begin with http:// or https://")
 
     def __call__(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of each request, in its seeds' order.
@@ -128,34 +146,45 @@ class ServerGenerator:
                 "max_tokens": sampling.max_new_tokens, "skip_special_tokens": False}  # fmt: skip
         answer = self._ask(json.dumps(body).encode())
         try:
-            choice = answer["choices"][0]
-            tokens = (answer.get("usage") or {}).get("completion_tokens") or len(
-                choice["text"].split()
-            )
-            return Completion(choice["text"], choice["finish_reason"] == "stop", tokens)
-        except (KeyError, IndexError, TypeError, AttributeError):
+            content = json.loads(answer)
+            choice = content["choices"][0]
+            words = choice["text"].split()
+            tokens = (content.get("usage") or {}).get("completion_tokens") or len(words)
+            return Completion(choice["text"], choice["finish_reason"] == "stop", int(tokens))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise ModelError(
-                f"{self.address}: answered no completion: {str(answer)[:120]}"
+                f"{self.address}: answered no completion: {_line(answer.decode(errors='replace'))}"
             ) from None
 
-    def _ask(self, body: bytes) -> Any:
-        import time
-
+    def _ask(self, body: bytes) -> bytes:
+        """The server's answer; what may pass (no connection, 429, 5xx) is tried again."""
         asked = urllib.request.Request(
             f"{self.address.rstrip('/')}/completions", body, {"Content-Type": "application/json"}
         )
-        problem = ""
-        for attempt in range(self.retries + 1):
+        attempt = 0
+        while True:
             try:
-                with urllib.request.urlopen(asked, timeout=600) as response:
-                    return json.loads(response.read())
+                with urllib.request.urlopen(asked, timeout=self.timeout) as response:
+                    return response.read()
             except urllib.error.HTTPError as error:
-                words = error.read().decode(errors="replace")[:120]
-                problem = f"refused a request ({error.code}: {words})"
-                if error.code < 500 and error.code != 429:
-                    break
-            except (OSError, ValueError) as error:
-                problem = f"cannot be reached ({getattr(error, 'reason', error)})"
-            if attempt < self.retries:
-                time.sleep(min(0.2 * 2**attempt, 10))
-        raise ModelError(f"{self.address}: {problem}")
+                problem = f"refused a request ({error.code}: {_words(error)})"
+                passing = error.code >= 500 or error.code == 429
+            except (OSError, HTTPException) as error:
+                problem, passing = f"cannot be reached ({_line(error)})", True
+            if not passing or attempt >= self.retries:
+                raise ModelError(f"{self.address}: {problem}")
+            time.sleep(min(self.wait * 2**attempt, 10))
+            attempt += 1
+
+
+def _words(error: urllib.error.HTTPError) -> str:
+    """What a server says to its refusal."""
+    try:
+        return _line(error.read().decode(errors="replace"))
+    except (OSError, HTTPException):
+        return str(error.reason)
+
+
+def _line(words: object) -> str:
+    """The beginning of a message, in one line."""
+    return " ".join(str(words).split())[:120] or type(words).__name__
