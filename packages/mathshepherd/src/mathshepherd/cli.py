@@ -281,6 +281,7 @@ def rft(
     *,
     data: list[str],
     out: Path,
+    sft_data: str | None = None,
     max_length: int = 512,
     overwrite: bool = False,
     form: Flat[StepFormat] = StepFormat(),
@@ -293,14 +294,15 @@ def rft(
         model: Folder or hub id of the generator.
         data: Graded solutions, of `sample`; several times for several.
         out: Folder of the run; the generator lies in its `model`.
+        sft_data: What the generator was fine-tuned on, to be kept beside them (Yuan et al. 2023).
         max_length: Tokens; longer solutions are left out and counted, never cut.
         overwrite: Start anew where a run already lies.
     """
     from mathshepherd import stations
 
-    choice = {"model": model, "data": data, "max_length": max_length}
+    choice = {"model": model, "data": data, "sft_data": sft_data, "max_length": max_length}
     with RunDir.open(out, options_of(form, options, runtime, choice), overwrite) as run:
-        tables = stations.rft(run, model, data, form, options, runtime, max_length)
+        tables = stations.rft(run, model, data, form, options, runtime, max_length, sft_data)
         return _ended(run, "rft", tables, f"Generator: {out / 'model'}")
 
 

@@ -25,9 +25,11 @@ ABOUT = (
     "it is the case the method is for. Everything is trained from scratch."
 )
 NOT_HERE = (
-    "Not shown here: that a process reward model is much better than an outcome one (chains are "
-    "short, as in the paper's GSM8K columns); that labels get worse with many rollouts (the range of "
-    "answers is too large to be hit by luck; benchmarks/bench_labels.py has clock arithmetic)."
+    "Not shown here: that PPO beats fine-tuning on right solutions alone (a slip is one choice, which "
+    "either unlearns; RFT as it is defined keeps the demonstrations, slips and all); that a process "
+    "reward model is much better than an outcome one (chains are short, as in the paper's GSM8K "
+    "columns); that labels get worse with many rollouts (the range of answers is too large to be hit "
+    "by luck; benchmarks/bench_labels.py has clock arithmetic)."
 )
 
 #: What is drawn of the tables, in their order.

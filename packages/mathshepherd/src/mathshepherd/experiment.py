@@ -265,7 +265,7 @@ class Experiment:
     def reinforcement(
         self, model: "PreTrainedModel", labelled: Sequence[Solution]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Rejection sampling, step-by-step PPO, PPO by outcome, and PPO by raw rewards."""
+        """Rejection sampling, PPO step by step, by outcome, and by raw scores."""
         size = self.size
         policies = [{"policy": "SFT", "greedy": self.numbers["SFT greedy"]}]
 
@@ -274,15 +274,10 @@ class Experiment:
             self.numbers.update({f"{name} {key}": value for key, value in found.items()})
             policies.append({"policy": name} | found)
 
-        tuned = copy.deepcopy(model)
-        place = RunDir(self.folder / "rft")
-        place.path.mkdir(exist_ok=True)
-        options = replace(size.sft, learning_rate=size.sft.learning_rate / 4, epochs=6)
-        finetune(
-            tuned, self.tokenizer, right_solutions(labelled), FORMAT, place, options, self.runtime
-        )
-        discard_checkpoints(place, "sft")
-        told("RFT", tuned)
+        right = right_solutions(labelled)
+        shown = [(one.question, one.steps) for one in self.world.demonstrations]
+        told("RFT", self.tuned(model, [*right, *shown], "rft"))
+        told("right solutions alone", self.tuned(model, right, "right"))
         config = replace(REINFORCE, iterations=size.iterations, max_new_tokens=size.tokens)
         checks: list[dict[str, Any]] = []
         for name, reward in (("PPO by steps", self.prm), ("PPO by outcome", self.orm)):
@@ -300,6 +295,19 @@ class Experiment:
             policies.append({"policy": f"PPO by raw scores, worst on dev ({found.stopped or 'ran on'})",
                              "greedy": worst})  # fmt: skip
         return policies, checks
+
+    def tuned(
+        self, model: "PreTrainedModel", rows: Sequence[tuple[str, Sequence[str]]], name: str
+    ) -> "PreTrainedModel":
+        """The generator, fine-tuned further."""
+        place = RunDir(self.folder / name)
+        place.path.mkdir(exist_ok=True)
+        options = replace(self.size.sft, learning_rate=self.size.sft.learning_rate / 4, epochs=3)
+        found, _ = finetune(
+            copy.deepcopy(model), self.tokenizer, rows, FORMAT, place, options, self.runtime
+        )
+        discard_checkpoints(place, "sft")
+        return found
 
     def ppo(
         self, model: "PreTrainedModel", name: str, reward: StepRewardModel, config: PPOConfig,

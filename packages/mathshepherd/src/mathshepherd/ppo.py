@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from octavo.console import counter
@@ -313,29 +314,29 @@ class _Trainer:
         tokens = ids.gather(1, (places + 1).clamp(max=ids.shape[1] - 1))
         return ids, mask, places, tokens, there
 
+    def rewards(self, rows: Sequence[Response]) -> Float[Tensor, "rows length"]:
+        """Rewards of the responses' tokens, without the divergence's."""
+        sizes = torch.tensor([len(one.ids) for one in rows])
+        scores = _padded([torch.tensor(one.scores) for one in rows], 0.0)
+        ends = _padded([torch.tensor(one.ends, dtype=torch.long) for one in rows], -1)
+        rewards = torch.zeros(len(rows), int(sizes.max()))
+        if self.reward is not None:
+            rewards = step_rewards(scores, ends, rewards.shape[1], self.shaping)
+        right, answered = [one.right for one in rows], [one.answered for one in rows]
+        return final_rewards(rewards, sizes, right, answered, self.shaping)
+
     def batch(self, rows: Sequence[Response]) -> dict[str, Tensor]:
         """What the updates need of all responses: rewards, advantages, returns [rows, length]."""
         config = self.config
         sizes = torch.tensor([len(one.ids) for one in rows])
         length = int(sizes.max())
         mask = torch.arange(length) < sizes[:, None]
-        scores = _padded([torch.tensor(one.scores) for one in rows], 0.0)
         ends = _padded([torch.tensor(one.ends, dtype=torch.long) for one in rows], -1)
         old, reference = (
             _padded([one.old for one in rows]),
             _padded([one.reference for one in rows]),
         )
-        if self.reward is None:
-            rewards = torch.zeros(len(rows), length)
-        else:
-            rewards = step_rewards(scores, ends, length, self.shaping)
-        rewards = final_rewards(
-            rewards,
-            sizes,
-            [one.right for one in rows],
-            [one.answered for one in rows],
-            self.shaping,
-        )
+        rewards = self.rewards(rows)
         task = rewards.sum(1)
         distance = (old - reference) * mask
         if config.kl and config.kl_in == "reward":
@@ -449,24 +450,20 @@ class _Trainer:
         made = self.responder(share, 1, 0.0, [[0]] * len(share))
         rows = gathered(made, 1, len(dev))
         known = [one.right for one in rows if one.right is not None]
-        scored = [
-            aggregate(torch.tensor(one.scores).numpy(), "min") if one.scores else 0.0
-            for one in rows
-        ]
+        how = "last" if self.reward and self.reward.reading.scope == "outcome" else "min"
+        scored = [aggregate(np.array(one.scores), how) if one.scores else 0.0 for one in rows]
         accuracy = _mean(map(bool, known)) if known else None
         judged = _mean(scored) if self.reward is not None else None
         found = {
             "iteration": iteration, "accuracy": accuracy, "judged": judged,
             "gap": None if judged is None or accuracy is None else judged - accuracy,
-            "reward": self.last.get("reward", -math.inf), "kl": self.last.get("kl", 0.0),
+            "reward": float(self.rewards(rows).sum(1).mean()), "kl": self.last.get("kl", 0.0),
             "entropy": self.last.get("entropy"), "steps": _mean(len(one.ends) for one in rows),
             "tokens": _mean(len(one.ids) for one in rows),
             "no answer": _mean(not one.answered for one in rows),
         }  # fmt: skip
         history.append(found)
-        self.run.log(
-            check=iteration, **{k: v for k, v in found.items() if k != "iteration" and v == v}
-        )
+        self.run.log(check=iteration, **{k: v for k, v in found.items() if k != "iteration"})
         return alarm(history, limits) if limits else ""
 
     def keep_best(
@@ -501,7 +498,7 @@ class _Trainer:
         file = self._folder() / "last.pt"
         if not file.is_file():
             self.run.forget(lambda line: "iteration" not in line and "check" not in line)
-            return 0, [], (0, -math.inf)
+            return 0, [], (-1, -math.inf)
         saved = torch.load(file, map_location=self.accelerator.device, weights_only=True)
         self._plain(self.actor).load_state_dict(saved["actor"])
         if self.critic is not None:

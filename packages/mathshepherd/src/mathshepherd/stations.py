@@ -68,27 +68,29 @@ def sft(
 ) -> Tables:  # fmt: skip
     """Fine-tune a generator on worked solutions: problems with a `solution`, or rows of steps."""
     form = saved_format(model_folder(source), form)
-    has_steps = next(iter_rows(_rows(data), {"steps": list | None}), {}).get("steps") is not None
-    if has_steps:
-        rows = [(one.question, one.steps) for one in load_solutions(data)]
-    else:
-        rows = worked(problems_of(data), form)
+    rows = shown_rows(data, form)
     return _finetuned(
         run, source, rows[:limit] if limit else rows, form, options, runtime, add_words, max_length
     )
 
 
+def shown_rows(data: str, form: StepFormat) -> list[tuple[str, Sequence[str]]]:
+    """Questions with the steps shown for them: worked solutions of problems, or rows of steps."""
+    if next(iter_rows(_rows(data), {"steps": list | None}), {}).get("steps") is not None:
+        return [(one.question, one.steps) for one in load_solutions(data)]
+    return list(worked(problems_of(data), form))
+
+
 def rft(
     run: RunDir, source: str, data: Sequence[str], form: StepFormat, options: TrainOptions,
-    runtime: Runtime, max_length: int = 512,
+    runtime: Runtime, max_length: int = 512, sft_data: str | None = None,
 ) -> Tables:  # fmt: skip
-    """Fine-tune a generator on its own right solutions (rejection sampling), each text once."""
+    """Fine-tune on a generator's own right solutions (rejection sampling), each text once."""
     rows = right_solutions(without_doubles(load_solutions(data)))
     if not rows:
-        raise DataError(
-            f"{', '.join(data)}: no solution is right, so that there is nothing to learn"
-        )
+        raise DataError(f"{', '.join(data)}: no solution is right: there is nothing to learn")
     form = saved_format(model_folder(source), form)
+    rows += shown_rows(sft_data, form) if sft_data else []
     return _finetuned(run, source, rows, form, options, runtime, False, max_length)
 
 
