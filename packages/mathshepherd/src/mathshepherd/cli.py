@@ -1,6 +1,6 @@
 """The stations of the method as commands, each on the user's own model and rows."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -350,6 +350,68 @@ def ppo(
         )  # fmt: skip
         no = f"stopped: {stopped}; the best policy so far is kept" if stopped else ""
         return _ended(run, "ppo", tables, f"Policy: {out / 'model'}", no)
+
+
+@app.command
+def rounds(
+    model: str,
+    *,
+    data: str,
+    out: Path,
+    dev_data: str | None = None,
+    count: int = 2,
+    samples: int = 8,
+    pool_temperature: float = 1.0,
+    learning_rate_reward: float = 1e-6,
+    epochs_reward: float = 1.0,
+    batch_size_reward: int = 32,
+    keep_going: bool = False,
+    limit: int = 0,
+    overwrite: bool = False,
+    labels: Flat[AnnotateConfig] = AnnotateConfig(),
+    config: Flat[PPOConfig] = PPOConfig(),
+    shaping: Flat[Shaping] = Shaping(),
+    form: Flat[StepFormat] = StepFormat(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Sample, label, train a reward model and reinforce, several times, each from the last policy.
+
+    Args:
+        model: Folder or hub id of the generator to begin with.
+        data: Problems with answers.
+        out: Folder of the runs; the last policy lies in its `round-N/ppo`.
+        dev_data: Held-out problems that reinforcement is watched on.
+        count: Rounds.
+        samples: Solutions of each problem that are labelled in a round.
+        pool_temperature: Of their sampling; completions are drawn at --temperature.
+        learning_rate_reward: Of the reward model's training.
+        epochs_reward: Passes over the labelled solutions.
+        batch_size_reward: Solutions a step.
+        keep_going: Do not stop a reinforcement that looks like reward hacking.
+        limit: The first so many problems; 0 for all.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import rounds as loop
+    from mathshepherd.monitor import Alarm
+
+    if count < 1 or samples < 1:
+        raise ConfigError(f"--count {count}, --samples {samples}: must be 1 or more")
+    options = TrainOptions(
+        learning_rate=learning_rate_reward, epochs=epochs_reward, batch_size=batch_size_reward
+    )
+    pool = Sampling(temperature=pool_temperature, max_new_tokens=config.max_new_tokens)
+    completions = replace(pool, temperature=config.temperature)
+    choice = {"model": model, "data": data, "dev_data": dev_data, "count": count, "samples": samples,
+              "pool_temperature": pool_temperature, "limit": limit, "keep_going": keep_going,
+              "reward": asdict(options)}  # fmt: skip
+    given = options_of(labels, config, shaping, form, runtime, choice)
+    with RunDir.open(out, given, overwrite) as run:
+        tables, stopped = loop.rounds(
+            run, model, data, dev_data, count, samples, pool, completions, labels, RewardConfig(),
+            options, config, shaping, form, runtime, None if keep_going else Alarm(), limit,
+        )  # fmt: skip
+        no = f"stopped: {stopped}; the best policy so far is kept" if stopped else ""
+        return _ended(run, "rounds", tables, f"Rounds: {out}", no)
 
 
 @app.command

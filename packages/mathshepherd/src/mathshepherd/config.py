@@ -156,7 +156,7 @@ class PPOConfig:
     iterations: int = 100
     """Rounds of sampling and updating."""
 
-    rollouts: int = 256
+    responses: int = 256
     """Responses in each, over all processes."""
 
     group: int = 1
@@ -221,7 +221,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self, iterations=(1, None, False), rollouts=(1, None, False), group=(1, None, False),
+            self, iterations=(1, None, False), responses=(1, None, False), group=(1, None, False),
             epochs=(1, None, False), batch_size=(1, None, False), micro_batch_size=(1, None, False),
             learning_rate=(0, None, True), critic_learning_rate=(0, None, False),
             value_weight=(0, None, False), gamma=(0, 1, False), lam=(0, 1, False), clip=(0, None, True),
@@ -231,9 +231,9 @@ class PPOConfig:
         )  # fmt: skip
         if self.advantage != "gae" and self.group < 2:
             raise ConfigError(f"--advantage {self.advantage}: compares a --group of 2 or more")
-        if self.rollouts % self.group:
+        if self.responses % self.group:
             raise ConfigError(
-                f"--rollouts {self.rollouts}: must be a multiple of --group {self.group}"
+                f"--responses {self.responses}: must be a multiple of --group {self.group}"
             )
 
 

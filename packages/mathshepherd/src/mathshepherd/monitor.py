@@ -27,7 +27,8 @@ def alarm(history: Sequence[Mapping[str, Any]], limits: Alarm = Alarm()) -> str:
     """Why a run looks like reward hacking; empty where it does not.
 
     Args:
-        history: the checks so far, each with `reward`, `steps`, `no answer`, and `accuracy` where answers are known.
+        history: the checks so far, each with `reward`, `steps`, `no answer`, and `accuracy` where
+            answers are known.
         limits: when it is.
     """
     first, last = history[0], history[-1]

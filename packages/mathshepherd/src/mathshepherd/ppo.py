@@ -205,12 +205,12 @@ def _check(
         raise ConfigError("there is no reward: name a --reward model, or give --answer-weight")
     if shaping.answer_weight and any(one.answer is None for one in problems):
         raise ConfigError("--answer-weight: some problems have no answer")
-    if len(problems) < config.rollouts // config.group:
+    if len(problems) < config.responses // config.group:
         raise ConfigError(
-            f"--rollouts {config.rollouts}, --group {config.group}: need "
-            f"{config.rollouts // config.group} questions, and there are {len(problems)}"
+            f"--responses {config.responses}, --group {config.group}: need "
+            f"{config.responses // config.group} questions, and there are {len(problems)}"
         )
-    if (config.rollouts // config.group) % world_size() or config.batch_size % world_size():
+    if (config.responses // config.group) % world_size() or config.batch_size % world_size():
         raise ConfigError(
             f"questions an iteration and --batch-size must be multiples of the {world_size()} processes"
         )
@@ -260,7 +260,7 @@ class _Trainer:
     def iterate(self, iteration: int, problems: Sequence[Problem]) -> None:
         """Sample, score, update."""
         config = self.config
-        asked = _drawn(problems, config.rollouts // config.group, iteration, self.seed)
+        asked = _drawn(problems, config.responses // config.group, iteration, self.seed)
         share = list(range(len(asked)))[rank() :: world_size()]
         made = self.responder(
             [asked[n] for n in share], config.group, config.temperature,

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from octavo.data import iter_rows
 from octavo.errors import DataError
 from octavo.rundir import write_text
@@ -255,6 +256,6 @@ def without_doubles(solutions: Iterable[Solution]) -> list[Solution]:
     return list(seen.values())
 
 
-def with_scores(solution: Solution, name: str, scores: Iterable[float]) -> Solution:
+def with_scores(solution: Solution, name: str, scores: np.ndarray | Sequence[float]) -> Solution:
     """The solution with a reward model's scores of its steps."""
     return replace(solution, scores={**solution.scores, name: tuple(float(one) for one in scores)})

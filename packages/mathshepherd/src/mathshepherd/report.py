@@ -1,15 +1,14 @@
 """Figures of what the stations found, and one report of several runs."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import DataError
 from octavo.report import Report
 from octavo.rundir import RunDir, options_of
 
 from mathshepherd.records import Solution
+from mathshepherd.stations import result_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,14 +175,7 @@ def combined(runs: Sequence[Path], out: Path, overwrite: bool = False) -> Path:
         DataError: a folder holds no result.
         ConfigError: the folder holds something already.
     """
-    results = []
-    for folder in runs:
-        try:
-            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            results.append(
-                {"command": f"{result['command']} ({folder.name})", "tables": result["tables"]}
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: holds no result of a command ({error})") from None
+    found = [(folder, result_of(folder)) for folder in runs]
+    results = [one | {"command": f"{one['command']} ({folder.name})"} for folder, one in found]
     with RunDir.open(out, options_of({"runs": list(runs)}), overwrite):
         return result_report(results).save(out)

@@ -3,6 +3,7 @@
 What one leaves is what the next takes: a folder of rows (`solutions.jsonl`) or of a model (`model`).
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -362,3 +363,16 @@ def convert_rows(
     return {
         "Converted": [{"from": source, "to": target, "solutions": len(solutions), "rows": count}]
     }
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What a station left in a run's folder.
+
+    Raises:
+        DataError: it holds no result.
+    """
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return {"command": str(result["command"]), "tables": result["tables"]} | result
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: holds no result of a command ({error})") from None
