@@ -95,21 +95,23 @@ class LocalGenerator:
         prompts = [encode(self.tokenizer, request.text) for request in requests]
         for batch in _batches(requests, prompts, self.rows):
             made = continue_tokens(
-                self.model, [prompts[n] for n in batch], [requests[n].seeds for n in batch],
+                self.model, [prompts[n] for n, _ in batch], [seeds for _, seeds in batch],
                 self.sampling, end_tokens(self.model, self.tokenizer),
             )  # fmt: skip
             texts = iter(self.tokenizer.batch_decode(
                 [one.text_ids for group in made for one in group], skip_special_tokens=False
             ))  # fmt: skip
-            for n, group in zip(batch, made, strict=True):
-                found[n] = [Completion(next(texts), one.finished, len(one.ids)) for one in group]
+            for (n, _), group in zip(batch, made, strict=True):
+                found[n] += [Completion(next(texts), one.finished, len(one.ids)) for one in group]
         return found
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """A text's tokens, begun as the tokenizer begins one, and not twice."""
+    """A text's tokens, begun as the tokenizer begins one, and not twice; an end is not put to it."""
     begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
-    return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])  # pyright: ignore
+    ids = list(tokenizer(text, add_special_tokens=not begun)["input_ids"])  # pyright: ignore
+    ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ended and not text.endswith(str(tokenizer.eos_token)) else ids
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
@@ -122,16 +124,19 @@ def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
 
 def _batches(
     requests: Sequence[Request], prompts: Sequence[Sequence[int]], rows: int
-) -> Iterator[list[int]]:
-    """Numbers of requests, the longest texts first, as many together as make `rows` continuations."""
-    batch, size = [], 0
+) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+    """Numbers of requests, the longest texts first, each with as many seeds as make `rows` together.
+
+    The seeds of one request that are more than that go through in parts.
+    """
+    batch: list[tuple[int, tuple[int, ...]]] = []
     for n in sorted(range(len(requests)), key=lambda n: (-len(prompts[n]), n)):
-        if batch and size + len(requests[n].seeds) > rows:
-            yield batch
-            batch, size = [], 0
-        if requests[n].seeds:
-            batch.append(n)
-            size += len(requests[n].seeds)
+        seeds = requests[n].seeds
+        for part in (seeds[first : first + rows] for first in range(0, len(seeds), rows)):
+            if batch and sum(len(some) for _, some in batch) + len(part) > rows:
+                yield batch
+                batch = []
+            batch.append((n, part))
     if batch:
         yield batch
 
@@ -179,12 +184,15 @@ def continue_tokens(
     """
     device = model.device
     widest = max(map(len, prompts))
-    count = min(sampling.max_new_tokens, context(model) - widest)
-    if count < 1 or not min(map(len, prompts)):
+    if not min(map(len, prompts)):
+        raise DataError("an empty text cannot be continued")
+    if widest >= context(model):
         raise DataError(
             f"a text of {widest} tokens leaves no room in the model's context ({context(model)})"
-            if count < 1 else "an empty text cannot be continued"
-        )  # fmt: skip
+        )
+    # a text's own length limits its continuations, whatever else is in the batch
+    rooms = [min(sampling.max_new_tokens, context(model) - len(prompt)) for prompt in prompts]
+    count = max(rooms)
     ids = torch.zeros(len(prompts), widest, dtype=torch.long)
     mask = torch.zeros(len(prompts), widest, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
@@ -201,13 +209,13 @@ def continue_tokens(
     # one row a continuation from here on
     source = torch.tensor([row for row, some in enumerate(seeds) for _ in some], device=device)
     flat = [seed for some in seeds for seed in some]
-    noise = torch.from_numpy(uniforms(flat, count)).to(device, torch.float32)
+    noise = torch.from_numpy(uniforms(flat, count)).to(torch.float32).to(device)
     cache.batch_select_indices(source)
     logits, mask, position = logits[source], mask[source], positions[source, -1]
     mask = torch.cat([mask, mask.new_ones(len(flat), count)], dim=1)
-    ended = torch.tensor(sorted(ends), device=device)
+    ended = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     made = torch.zeros(len(flat), count, dtype=torch.long, device=device)
-    length = torch.full((len(flat),), count, device=device)
+    length = torch.tensor(rooms, device=device)[source]
     alive = torch.arange(len(flat), device=device)  # the continuation of each row
     going = torch.ones(len(flat), dtype=torch.bool, device=device)  # rows that have not ended
     finished = ~going.clone()
@@ -217,7 +225,7 @@ def continue_tokens(
         now = going & torch.isin(tokens, ended)
         length[alive[now]] = step + 1
         finished[alive[now]] = True
-        going &= ~now
+        going &= length[alive] > step + 1
         left = int(going.sum())
         if not left or step == count - 1:
             break
@@ -226,7 +234,7 @@ def continue_tokens(
             cache.batch_select_indices(rows)
             alive, going, tokens = alive[rows], going[rows], tokens[rows]
             mask, position = mask[rows], position[rows]
-        position = position + 1
+        position = (position + 1).clamp(max=context(model) - 1)  # rows that have ended go on
         seen = mask[:, : widest + step + 1]
         logits = model(
             input_ids=tokens[:, None], attention_mask=_step_mask(model, cache, seen),
@@ -245,13 +253,15 @@ def draw(
     """The token of each row at which the cumulative probability passes its random number."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
+    logits = logits.float() - logits.amax(-1, keepdim=True).float()
+    probabilities = torch.softmax(logits / sampling.temperature, -1)
     order = None
     if sampling.top_p < 1:
         probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities * (before < sampling.top_p)
     total = probabilities.cumsum(-1)
+    noise = noise.clamp(max=1 - 2**-24)  # numbers next to 1 were rounded up to it
     place = torch.searchsorted(total, (noise * total[:, -1])[:, None], right=True)
     place = place.clamp(max=logits.shape[-1] - 1)
     return (place if order is None else order.gather(-1, place)).squeeze(-1)
