@@ -59,6 +59,8 @@ class StepRewardModel(nn.Module):
         reading: what is read.
     """
 
+    _keys_to_ignore_on_save: list[str] | None = None  # Trainer asks where a tied weight is not loaded
+
     def __init__(
         self,
         model: "PreTrainedModel",
@@ -90,6 +92,7 @@ class StepRewardModel(nn.Module):
         Raises:
             ModelError: there is none, or its tokenizer has no single token for the tag or a verdict.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         from transformers import AutoModelForCausalLM
 
@@ -108,8 +111,9 @@ class StepRewardModel(nn.Module):
         if reward.head is not None:
             try:
                 reward.head.load_state_dict(load_file(Path(folder) / HEAD))
-            except (OSError, RuntimeError, KeyError) as error:
-                raise ModelError(f"{folder}: cannot read its {HEAD} ({error})") from None
+            except (OSError, RuntimeError, SafetensorError) as error:
+                first = str(error).splitlines()[0]
+                raise ModelError(f"{folder}: cannot read its {HEAD} ({first})") from None
         return reward.to(device).eval()
 
     def save(self, folder: Path) -> None:
@@ -131,7 +135,9 @@ class StepRewardModel(nn.Module):
         found = super().state_dict(*args, **options)
         seen: set[int] = set()
         for name, weight in list(found.items()):
-            if weight.data_ptr() in seen and weight.numel():
+            if weight.device.type == "meta" or not weight.numel():
+                continue  # lies nowhere yet
+            if weight.data_ptr() in seen:
                 del found[name]
             seen.add(weight.data_ptr())
         return found
