@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from octavo.errors import DataError
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime
@@ -66,6 +68,28 @@ def outcome_targets(solution: Solution, config: RewardConfig) -> list[float]:
     return [outcome if config.supervise == "all" else float("nan")] * rest + [outcome]
 
 
+def at_tags(rows: Sequence[Target], tag: int) -> dict[str, Tensor]:
+    """A batch padded on the right; each label stands at its tag's own place, NaN everywhere else."""
+    ids, mask = pad([row.ids for row in rows])
+    labels = torch.full(ids.shape, float("nan"))
+    labels[(ids == tag) & mask.bool()] = torch.tensor([x for row in rows for x in row.labels])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def tag_loss(
+    logits: Float[Tensor, " tags"], labels: Float[Tensor, " tags"], positive_weight: float = 1.0
+) -> Float[Tensor, ""]:
+    """Binary cross-entropy summed over tags (Eqs. 1 and 2); labels may be shares.
+
+    Args:
+        logits: of a good step.
+        labels: from 0 to 1.
+        positive_weight: how many times a good step counts.
+    """
+    weight = torch.tensor(positive_weight, dtype=logits.dtype, device=logits.device)
+    return binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="sum")
+
+
 def train_reward(
     reward: StepRewardModel,
     solutions: Sequence[Solution],
@@ -121,21 +145,13 @@ def train_reward(
         raise DataError("all labels are the same: there is nothing to tell apart")
     usual = options.batch_size * len(values) / len(targets)
 
-    def collate(rows: list[Target]) -> dict[str, Tensor]:
-        ids, mask = pad([row.ids for row in rows])
-        labels = torch.full(ids.shape, float("nan"))
-        labels[ids == reward.words.tag] = torch.tensor([x for row in rows for x in row.labels])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
     def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["labels"]
         where = ~labels.isnan()
         logits = model(batch["input_ids"], batch["attention_mask"], where)
-        weight = torch.tensor(config.positive_weight, device=logits.device)
-        return binary_cross_entropy_with_logits(
-            logits.float(), labels[where], pos_weight=weight, reduction="sum"
-        ) / usual  # fmt: skip
+        return tag_loss(logits.float(), labels[where], config.positive_weight) / usual
 
+    collate = partial(at_tags, tag=reward.words.tag)
     fit(reward, targets, collate, run, name, options=options, runtime=runtime, loss=loss)  # pyright: ignore
     good = sum(value > 0.5 for value in values)
     return {"solutions": len(targets), "too long": long, "tags": len(values), "good tags": good}
