@@ -33,8 +33,9 @@ def serving(answer):
             if status == 0:
                 return self.connection.close()  # hangs up without a word
             content = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            lost = 9 * (status < 0)  # hangs up in the middle of its words
+            self.send_response(abs(status))
+            self.send_header("Content-Length", str(len(content) + lost))
             self.end_headers()
             self.wfile.write(content)
             return None
@@ -124,6 +125,19 @@ def test_a_refusal_is_final_and_told_in_one_line():
     assert len(seen) == 1
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "asked"),
+    [(-200, r"cannot be reached \(IncompleteRead", 3), (-400, r"\(400: Bad Request\)", 1)],
+)
+def test_half_an_answer_is_told(status, message, asked):
+    with (
+        serving(lambda *_: (status, {})) as (address, seen),
+        pytest.raises(ModelError, match=message),
+    ):
+        server(address)([Request("one", (1,))])
+    assert len(seen) == asked
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line():
