@@ -70,7 +70,7 @@ class RolloutStore:
             with file.open("rb+") as opened:
                 opened.truncate(len(whole))
 
-    def _take(self, key: str, first: int, hits: Sequence[bool], tokens: int) -> None:
+    def _take(self, key: str, first: int, hits: Sequence[int], tokens: int) -> None:
         known = self.hits.setdefault(key, [])
         if first != len(known):
             raise ValueError(key)
