@@ -53,8 +53,8 @@ class Completer:
         return [[self.complete(one.text, seed) for seed in one.seeds] for one in requests]
 
 
-def solution(problem, steps, correct, sample=0, **more):
-    more: dict[str, Any] = {"predicted": "x + 1" if correct else "8", "answer": "x+1"} | more
+def solution(problem, steps, correct, sample=0, **more: Any):
+    more = {"predicted": "x + 1" if correct else "8", "answer": "x+1"} | more
     return Solution(
         str(problem), sample, f"Question {problem}?", tuple(steps), correct=correct, **more
     )

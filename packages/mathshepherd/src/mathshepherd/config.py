@@ -199,7 +199,8 @@ class PPOConfig:
     """Weight of the divergence from the reference policy; 0 does without one."""
 
     kl_in: Literal["reward", "loss"] = "reward"
-    """Taken off the tokens' rewards, or added to the loss (k3 estimate)."""
+    """Taken off the tokens' rewards, or added to the loss (k3 estimate), as grpo always does: it
+    compares steps, and most tokens end none."""
 
     target_kl: float = 0.1
     """An iteration's updates end when the policy has moved so far from the sampling one; 0: never."""
@@ -218,6 +219,11 @@ class PPOConfig:
 
     lora_rank: int = 0
     """Train an adapter of this rank instead of all weights; the reference is the model without it."""
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the divergence is in the loss."""
+        return self.kl > 0 and (self.kl_in == "loss" or self.advantage == "grpo")
 
     def __post_init__(self) -> None:
         _check(

@@ -34,7 +34,7 @@ from mathshepherd.monitor import Alarm, alarm
 from mathshepherd.records import Problem
 from mathshepherd.responses import Responder, Response, gathered
 from mathshepherd.reward_model import StepRewardModel, pad
-from mathshepherd.rewards import final_rewards, gae, grpo, rloo, step_rewards, whiten
+from mathshepherd.rewards import final_rewards, gae, grpo, reward_places, rloo, step_rewards, whiten
 from mathshepherd.sample import Grader
 from mathshepherd.steps import StepFormat
 
@@ -339,7 +339,7 @@ class _Trainer:
         rewards = self.rewards(rows)
         task = rewards.sum(1)
         distance = (old - reference) * mask
-        if config.kl and config.kl_in == "reward":
+        if not config.kl_in_loss:
             rewards = rewards - config.kl * distance
         found = {
             "mask": mask,
@@ -355,10 +355,10 @@ class _Trainer:
         elif config.advantage == "rloo":
             advantages = rloo(rewards, config.group, config.gamma)
         else:
-            last = torch.zeros_like(mask).scatter_(1, (sizes - 1)[:, None], True)
-            marked = torch.zeros(len(rows), length + 1, dtype=torch.bool)
-            marked.scatter_(1, torch.where(ends >= 0, ends, length), True)
-            advantages = grpo(rewards, marked[:, :length] | last, config.group)
+            scored = self.reward is not None
+            answered = [one.answered for one in rows]
+            places = reward_places(ends, sizes, length, answered, self.shaping, scored)
+            advantages = grpo(rewards, places, config.group)
         found["advantages"] = whiten(advantages, mask) if config.advantage != "grpo" else advantages
         return found
 
@@ -555,7 +555,7 @@ def ppo_loss(
         worst = torch.maximum((values - known["returns"]) ** 2, (near - known["returns"]) ** 2)
         value_loss = 0.5 * (worst * mask).sum()
         loss = loss + config.value_weight * value_loss
-    if config.kl and config.kl_in == "loss":
+    if config.kl_in_loss:
         apart = torch.where(mask, known["reference"] - new, 0.0)
         loss = loss + config.kl * (apart.exp() - 1 - apart).sum()
     moved = ((-shift).exp() - 1 + shift).sum()

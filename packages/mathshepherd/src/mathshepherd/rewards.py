@@ -77,6 +77,34 @@ def final_rewards(
     return rewards.scatter_add(1, (lengths - 1)[:, None], last[:, None])
 
 
+def reward_places(
+    ends: Int[Tensor, "rows steps"],
+    lengths: Int[Tensor, " rows"],
+    length: int,
+    answered: Sequence[bool],
+    shaping: Shaping,
+    scored: bool = True,
+) -> Bool[Tensor, "rows length"]:
+    """The tokens that `step_rewards` and `final_rewards` give a reward to, be it 0.
+
+    Args:
+        ends: the token each step ends with; -1 where a row has fewer.
+        lengths: tokens in each response.
+        length: in the longest.
+        answered: whether it has an answer and came to its end.
+        shaping: what is made of the scores.
+        scored: whether there are scores of steps.
+    """
+    found = torch.zeros(len(ends), length + 1, dtype=torch.bool, device=ends.device)
+    if scored:
+        if shaping.shaping == "last":
+            ends = ends.amax(1, keepdim=True) if ends.shape[1] else ends
+        found.scatter_(1, torch.where(ends >= 0, ends, length), True)
+    whole = [bool(shaping.answer_weight or (shaping.missing_penalty and not one)) for one in answered]
+    found[torch.arange(len(ends)), lengths - 1] |= torch.tensor(whole, device=ends.device)
+    return found[:, :length]
+
+
 def gae(
     rewards: Float[Tensor, "rows length"],
     values: Float[Tensor, "rows length"],
