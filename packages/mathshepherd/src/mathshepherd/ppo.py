@@ -177,7 +177,7 @@ def reinforce(
         for iteration in range(first, config.iterations):
             if iteration % config.monitor_every == 0 and dev:
                 stopped = trainer.check(iteration, dev, history, limits)
-                best = trainer.keep_best(history, best)
+                best = trainer.keep_best(history, best, stopped)
                 if stopped:
                     break
             trainer.iterate(iteration, problems)
@@ -187,7 +187,7 @@ def reinforce(
         else:
             if dev:
                 stopped = trainer.check(config.iterations, dev, history, limits)
-                best = trainer.keep_best(history, best)
+                best = trainer.keep_best(history, best, stopped)
     reached = history[-1]["iteration"] if history else config.iterations
     if stopped:
         log.warning("stopped: %s; iteration %d, the best one, is kept", stopped, best[0])
@@ -467,12 +467,16 @@ class _Trainer:
         return alarm(history, limits) if limits else ""
 
     def keep_best(
-        self, history: Sequence[dict[str, Any]], best: tuple[int, float]
+        self, history: Sequence[dict[str, Any]], best: tuple[int, float], stopped: str
     ) -> tuple[int, float]:
-        """Save the policy where its last check is the best so far; later ones win among equals."""
+        """Save the policy where its last check is the best so far; later ones win among equals.
+
+        Without known answers that is the last check that raised no alarm.
+        """
         last = history[-1]
         value = last["accuracy"] if last["accuracy"] is not None else -math.inf
-        if value < best[1] or last["iteration"] == best[0]:
+        hacked = stopped and last["accuracy"] is None
+        if hacked or value < best[1] or last["iteration"] == best[0]:
             return best
         self._write("best.pt", {"actor": self._plain(self.actor).state_dict()})
         return last["iteration"], value
