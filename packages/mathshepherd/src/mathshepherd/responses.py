@@ -118,7 +118,13 @@ class Responder:
                 with self.autocast():
                     scores = reward.score_tokens([rows[n] for n in batch])
                 for n, values in zip(batch, scores, strict=True):
-                    some[n][1].scores = values.tolist()
+                    one = some[n][1]
+                    texts = self._steps(one, self.form.tag)
+                    # a blank step is worth nothing
+                    one.scores = [
+                        value if text else 0.0
+                        for value, text in zip(values.tolist(), texts, strict=True)
+                    ]
         else:
             self._score_texts(reward, some)
 
@@ -126,21 +132,25 @@ class Responder:
         self, reward: StepRewardModel, some: Sequence[tuple[Problem, Response]]
     ) -> None:
         """The same for a reward model with another tokenizer or format: steps by their texts."""
-        pieces = []
-        for _, one in some:
-            starts = [0, *(end + 1 for end in one.ends)]
-            texts = [self.tokenizer.decode(one.ids[a:b]) for a, b in pairwise(starts)]
-            pieces.append([text.replace(self.form.tag, "").strip() for text in texts])
+        pieces = [self._steps(one, self.form.tag, reward.reading.form.tag) for _, one in some]
         whole = [n for n, steps in enumerate(pieces) if any(steps)]
         scores = reward.step_scores(
             [some[n][0].question for n in whole],
             [[step for step in pieces[n] if step] for n in whole],
         )
         for (_, one), steps in zip(some, pieces, strict=True):
-            one.scores = [0.0] * len(steps)  # a blank step is worth nothing
+            one.scores = [0.0] * len(steps)
         for n, values in zip(whole, scores, strict=True):
             given = iter(values.tolist())
             some[n][1].scores = [next(given) if step else 0.0 for step in pieces[n]]
+
+    def _steps(self, response: Response, *tags: str) -> list[str]:
+        """The texts of a response's steps, without tags."""
+        starts = [0, *(end + 1 for end in response.ends)]
+        texts = [self.tokenizer.decode(response.ids[a:b]) for a, b in pairwise(starts)]
+        for tag in tags:
+            texts = [text.replace(tag, "") for text in texts]
+        return [text.strip() for text in texts]
 
 
 def step_ends(tokenizer: Any, form: StepFormat, ids: Sequence[int]) -> list[int]:
