@@ -165,7 +165,9 @@ def reinforce(
         shaping = replace(shaping, shaping="last")
     device = runtime.torch_device()
     seed_everything(runtime.seed)
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(runtime.torch_dtype(), "no")
+    if runtime.torch_dtype() == torch.float16:
+        raise ConfigError("--dtype float16: reinforcement needs bfloat16 or float32")
+    precision = "bf16" if runtime.torch_dtype() == torch.bfloat16 else "no"
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     trainer = _Trainer(
         policy, tokenizer, reward, run, config, shaping, form, runtime.seed, grade, accelerator
