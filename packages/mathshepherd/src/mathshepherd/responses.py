@@ -1,5 +1,6 @@
 """Responses of a policy to questions, and the scores of their steps on the very tokens sampled."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -163,12 +164,13 @@ def step_ends(tokenizer: Any, form: StepFormat, ids: Sequence[int]) -> list[int]
         tag = StepTokens.of(tokenizer, form).tag
         return [n for n, one in enumerate(ids) if one == tag]
     text = tokenizer.decode(list(ids))
-    lengths = [len(tokenizer.decode(list(ids[: n + 1]))) for n in range(len(ids))]
     ends, place = [], 0
     for piece in text.split(form.joiner):
         place += len(piece)
         if piece.strip():
-            ends.append(next(n for n, length in enumerate(lengths) if length >= place))
+            ends.append(bisect_left(
+                range(len(ids)), place, key=lambda n: len(tokenizer.decode(list(ids[: n + 1])))
+            ))  # fmt: skip
         place += len(form.joiner)
     return list(dict.fromkeys(ends))
 
