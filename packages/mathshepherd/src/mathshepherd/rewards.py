@@ -100,7 +100,9 @@ def reward_places(
         if shaping.shaping == "last":
             ends = ends.amax(1, keepdim=True) if ends.shape[1] else ends
         found.scatter_(1, torch.where(ends >= 0, ends, length), True)
-    whole = [bool(shaping.answer_weight or (shaping.missing_penalty and not one)) for one in answered]
+    whole = [
+        bool(shaping.answer_weight or (shaping.missing_penalty and not one)) for one in answered
+    ]
     found[torch.arange(len(ends)), lengths - 1] |= torch.tensor(whole, device=ends.device)
     return found[:, :length]
 

@@ -50,6 +50,8 @@ class StepFormat:
             raise ConfigError(f"--prompt {self.prompt!r}: must hold {{question}} once")
         if not self.tag.strip() or self.tag != self.tag.strip():
             raise ConfigError(f"--tag {self.tag!r}: must be a word without blanks around it")
+        if self.tag in self.prompt:
+            raise ConfigError(f"--prompt {self.prompt!r}: holds the tag {self.tag!r}")
         if self.good == self.bad:
             raise ConfigError(f"--good and --bad are the same ({self.good!r})")
         if not self.joiner:
@@ -105,7 +107,7 @@ class StepFormat:
             if self.tag in step:
                 raise DataError(f"step {number} holds the tag {self.tag!r}: {step[:60]!r}")
         return [
-            step.strip() if not self.numbered or _NUMBERED.match(step)
+            step.strip() if not self.numbered or _NUMBERED.match(step.strip())
             else f"Step {number}: {step.strip()}"
             for number, step in enumerate(steps, 1)
         ]  # fmt: skip
