@@ -60,7 +60,7 @@ def vote_accuracy(
     weights: Float[np.ndarray, "draws n"],
     right: Bool[np.ndarray, " count"],
 ) -> Float[np.ndarray, " draws"]:
-    """Chance that the class with most votes is a right one, ties drawn by lot; 0 without any vote.
+    """Chance that the class with most votes is a right one, ties drawn by lot; 0 without any answer.
 
     Args:
         classes: as in `votes`.
@@ -68,9 +68,10 @@ def vote_accuracy(
         right: whether each class is the right answer.
     """
     counts = votes(classes, weights, len(right))
-    best = counts.max(1, keepdims=True, initial=0.0)
+    there = votes(classes, np.ones(classes.shape), len(right)) > 0
+    best = np.where(there, counts, 0.0).max(1, keepdims=True, initial=0.0)
     # sums of the same weights in another order may differ in their last bits
-    tied = (counts >= best - 1e-9 * np.maximum(best, 1e-300)) & (best > 0)
+    tied = (counts >= best * (1 - 1e-9)) & there
     return (tied & right).sum(1) / np.maximum(tied.sum(1), 1)
 
 
