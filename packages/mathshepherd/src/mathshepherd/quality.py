@@ -77,6 +77,8 @@ def quality_by_rollouts(
                     f"{one.key}: {len(hits)} completions of a step, and {max(counts)} are needed"
                 )
             cases[prefix.key] = (hits, true)
+    if not cases:
+        return []
     true = np.array([truth for _, truth in cases.values()])
     rows = []
     for count in counts:

@@ -36,9 +36,12 @@ def make_pools(solutions: Sequence[Solution], methods: Mapping[str, tuple[str, s
         methods: names, each of a score's name and an aggregate.
 
     Raises:
-        DataError: an outcome or a score is missing, or problems have different numbers of candidates.
+        DataError: there are no candidates, an outcome or a score is missing, or problems have different
+            numbers of candidates.
     """
     pools = []
+    if not solutions:
+        raise DataError("there are no candidates")
     grouped = by_problem(solutions)
     sizes = {len(group) for group in grouped.values()}
     if len(sizes) > 1:
@@ -151,7 +154,7 @@ def position_of_minimum(solutions: Sequence[Solution], score: str) -> dict[str, 
     return {
         "score": score,
         "solutions": len(several),
-        "minimum on the last step": float(np.mean(last)),
+        "minimum on the last step": float(np.mean(last)) if last else None,
     }
 
 
