@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,10 +168,9 @@ def reinforce(
     seed_everything(runtime.seed)
     if runtime.torch_dtype() == torch.float16:
         raise ConfigError("--dtype float16: reinforcement needs bfloat16 or float32")
-    precision = "bf16" if runtime.torch_dtype() == torch.bfloat16 else "no"
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    accelerator = Accelerator(cpu=device.type == "cpu")
     trainer = _Trainer(
-        policy, tokenizer, reward, run, config, shaping, form, runtime.seed, grade, accelerator
+        policy, tokenizer, reward, run, config, shaping, form, runtime, grade, accelerator
     )
     first, history, best = trainer.resume()
     stopped = ""
@@ -223,12 +223,14 @@ class _Trainer:
 
     def __init__(
         self, policy: Any, tokenizer: Any, reward: StepRewardModel | None, run: RunDir,
-        config: PPOConfig, shaping: Shaping, form: StepFormat, seed: int, grade: Grader,
+        config: PPOConfig, shaping: Shaping, form: StepFormat, runtime: Runtime, grade: Grader,
         accelerator: Any,
     ) -> None:  # fmt: skip
         self.reward, self.run, self.config, self.shaping = reward, run, config, shaping
-        self.seed, self.accelerator = seed, accelerator
+        self.seed, self.accelerator = runtime.seed, accelerator
         device = accelerator.device
+        half = runtime.torch_dtype() == torch.bfloat16
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
         policy.to(device)
         self.reference = None
         if config.lora_rank:
@@ -237,7 +239,7 @@ class _Trainer:
             self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
         self.policy = policy.eval()
         self.responder = Responder(
-            policy, tokenizer, reward, form, config.max_new_tokens, grade, accelerator.autocast
+            policy, tokenizer, reward, form, config.max_new_tokens, grade, self.autocast
         )
         shared = config.advantage == "gae" and config.critic == "shared"
         self.actor: Any = Actor(policy, shared)
@@ -281,7 +283,7 @@ class _Trainer:
         for start in range(0, len(responses), config.micro_batch_size):
             part = responses[start : start + config.micro_batch_size]
             ids, mask, places, tokens, _ = self._tensors(part)
-            with self.accelerator.autocast():
+            with self.autocast():
                 old, _, values = self._plain(self.actor)(
                     ids, mask, places, tokens, config.temperature
                 )
@@ -406,13 +408,13 @@ class _Trainer:
                      if values.ndim == 2}  # fmt: skip
             wait = number < len(parts) - 1 and world_size() > 1
             with self.actor.no_sync() if wait else nullcontext():
-                with self.accelerator.autocast():
+                with self.autocast():
                     new, entropy, values = self.actor(ids, mask, places, tokens, config.temperature)
                     if self.critic is not None:
                         values = self.critic(ids, mask, places)
                 loss, found = ppo_loss(new, entropy, values, known, there, config)
                 # processes' gradients are averaged
-                self.accelerator.backward(loss / total * world_size())
+                (loss / total * world_size()).backward()
             sums += found.detach()
         trained = [one for group in self.optimizer.param_groups for one in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
