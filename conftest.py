@@ -10,9 +10,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
+from functools import wraps
+from inspect import isclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import jaxtyping
 import pytest
@@ -24,11 +27,48 @@ DATA = REPOSITORY.parent / "shared" / "data"
 SOURCES = [*REPOSITORY.glob("shared/src/*"), *REPOSITORY.glob("packages/*/src/*")]
 
 # Before any member is imported: every annotated call is checked, tensor shapes included; an int is
-# a float there, as it is for type checkers.
-checker = ModuleType("octavo_type_checker")
-checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # pyright: ignore
-sys.modules[checker.__name__] = checker
-jaxtyping.install_import_hook([source.name for source in SOURCES], f"{checker.__name__}.check")
+# a float there, as it is for type checkers. jaxtyping's own decorator binds a call's arguments in
+# Python and checks them twice, shapes or not, which took as long as all that is tested.
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
+scope = jaxtyping.jaxtyped
+
+
+def resolved(hint: Any, names: dict[str, Any]) -> Any:
+    """A hint without forward references; anything goes where one is for type checkers alone."""
+    holder = SimpleNamespace(__annotations__={"hint": hint})
+    try:
+        return get_type_hints(holder, names, include_extras=True)["hint"]
+    except NameError:
+        return Any
+
+
+def has_shape(hint: Any) -> bool:
+    """Whether a hint is, or is made of, an array's with its shape."""
+    return isinstance(hint, type(jaxtyping.AbstractArray)) or any(map(has_shape, get_args(hint)))
+
+
+def checked(thing: Any) -> Any:
+    """Have a function's calls checked, or a dataclass's; a letter means one size within a call."""
+    if isclass(thing):
+        if is_dataclass(thing):
+            thing.__init__ = checked(thing.__init__)
+        return thing
+    hints = thing.__annotations__
+    hints.update({name: resolved(hint, thing.__globals__) for name, hint in hints.items()})
+    within = check(thing)
+    if not any(map(has_shape, hints.values())):
+        return within
+
+    @wraps(thing)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with scope("context"):
+            return within(*arguments, **options)
+
+    return call
+
+
+jaxtyping.jaxtyped = lambda typechecker: checked  # what the hook decorates every function with
+jaxtyping.install_import_hook([source.name for source in SOURCES], None)
 
 # No test is timed against the wall clock, and none fails by chance.
 settings.register_profile("octavo", deadline=None, derandomize=True)
