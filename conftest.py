@@ -61,6 +61,8 @@ def checked(thing: Any) -> Any:
 
     @wraps(thing)
     def call(*arguments: Any, **options: Any) -> Any:
+        if jaxtyping.config.jaxtyping_disable:
+            return thing(*arguments, **options)
         with scope("context"):
             return within(*arguments, **options)
 
@@ -110,25 +112,30 @@ def measured(request: pytest.FixtureRequest) -> dict[str, str]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Count no lines here: the tracer sees those of every library too, which costs a fifth more time."""
-    trace = sys.gettrace()
+    """Count no lines and check no types here: both cost most in the inner calls of long runs.
+
+    The tracer sees the lines of every library too, and a checked call binds its arguments twice.
+    """
+    trace, unchecked = sys.gettrace(), jaxtyping.config.jaxtyping_disable
     sys.settrace(None)
+    jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
+        jaxtyping.config.update("jaxtyping_disable", unchecked)
         sys.settrace(trace)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Run a test of which quicker tests run the same lines without counting them."""
+    """Run a test of which quicker tests run the same lines without counting and checking them."""
     with untraced() if item.get_closest_marker("untraced") else nullcontext():
         return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_steps_traced() -> Iterator[None]:
-    """Of a training count the lines of its first steps and of a few later ones: they are all alike."""
+    """Of a training count and check its first steps and a few later ones: they are all alike."""
     coverage = sys.modules.get("coverage")
     if coverage is None or coverage.Coverage.current() is None:
         yield

@@ -43,3 +43,8 @@ def test_sizes_are_one_within_a_call():
         halves(torch.ones(2, 2), wrong=True)
     with pytest.raises(TypeError):
         paired(torch.ones(2, 2), torch.ones(3), object())  # pyright: ignore
+
+
+@pytest.mark.untraced
+def test_shapes_of_long_runs_are_not():
+    assert halves(torch.ones(2, 2), wrong=True).shape == (4,)
