@@ -70,7 +70,7 @@ def test_accumulated_gradients_equal_one_large_batch(whole, tmp_path):
 
 def test_a_killed_training_resumed_equals_an_uninterrupted_one(whole, tmp_path):
     out = tmp_path / "run"
-    first = subprocess.run([sys.executable, SCRIPT, str(out), "8", "14"], capture_output=True)
+    first = subprocess.run([sys.executable, SCRIPT, "8", "14", str(out)], capture_output=True)
     assert first.returncode == -9
     assert not (out / "model").exists()
     checkpoint = last_checkpoint(out / "checkpoints" / "words")
@@ -131,10 +131,8 @@ def best(tmp_path_factory):
 
 def test_the_best_epoch_outlives_a_kill(best, whole, tmp_path):
     """Between the second epoch and the third."""
-    out = tmp_path / "run"
-    first = subprocess.run(
-        [sys.executable, SCRIPT, str(out), "8", "16", "best"], capture_output=True
-    )
+    out = tmp_path / "best"
+    first = subprocess.run([sys.executable, SCRIPT, "8", "16", str(out)], capture_output=True)
     assert first.returncode == -9
     assert len(list((out / "checkpoints" / "words").iterdir())) == 2  # the best, and the newest
     train_words.main(out, batch_size=8, die_at=0, evaluate=train_words.worst)
@@ -145,15 +143,22 @@ def test_the_best_epoch_outlives_a_kill(best, whole, tmp_path):
     assert RunDir(out).metrics()[-1] == RunDir(best).metrics()[-1]
 
 
-def test_two_processes_keep_the_same_epoch(best, tmp_path):
-    """Also where their own answers differ: rank 0's counts."""
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    """Two trainings, one after the other in the same two processes."""
+    folder = tmp_path_factory.mktemp("two")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         SCRIPT, str(out), "4", "0", "best"],
+         SCRIPT, "4", "0", str(folder / "run"), str(folder / "best")],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_keep_the_same_epoch(best, in_two):
+    """Also where their own answers differ: rank 0's counts."""
+    out = in_two / "best"
     assert equal(weights(best), weights(out), 1e-4)
     assert equal(weights(out), load_file(out / "rank-1.safetensors"), 0)
     assert RunDir(out).metrics()[-1]["best_epoch"] == 1
@@ -171,14 +176,8 @@ def test_a_checkpoint_cut_off_in_the_writing_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
 
-def test_two_processes_equal_one(whole, tmp_path):
-    out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         SCRIPT, str(out), "4", "0"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_equal_one(whole, in_two):
+    out = in_two / "run"
     assert equal(weights(whole), weights(out), 1e-4)
     lines = RunDir(out).metrics()
     single = RunDir(whole).metrics()

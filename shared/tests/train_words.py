@@ -74,5 +74,7 @@ def main(out: Path, batch_size: int, die_at: int, evaluate=None) -> None:
             save_file(model.state_dict(), out / f"rank-{rank()}.safetensors")
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), worst if sys.argv[4:] else None)
+if __name__ == "__main__":  # BATCH_SIZE DIE_AT OUT...; in a folder `best` the best epoch is kept
+    for place in map(Path, sys.argv[3:]):
+        chosen = worst if place.name == "best" else None
+        main(place, int(sys.argv[1]), int(sys.argv[2]), chosen)
