@@ -1,7 +1,6 @@
 import csv
 import gzip
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -301,32 +300,6 @@ def test_overwriting_loses_nothing_to_wrong_input(words, command, trained, tmp_p
         assert code == 2
         assert sorted(path.name for path in run.rglob("*")) == before
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def losses(run):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def test_two_processes_overwrite_a_run_and_train_what_one_does(words, command, trained, tmp_path):
-    import shutil
-
-    one, two = tmp_path / "one", shutil.copytree(trained, tmp_path / "two")
-    old = (two / "stage-1" / "model.safetensors").read_bytes()
-    assert command(*train_words(words, one, "--batch-size", 40))[0] == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         "-m", "cascadebert", *map(str, train_words(words, two, "--overwrite", "--batch-size", 20))],
-        capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Trained on 1200 rows") == 1
-    assert (two / "stage-1" / "model.safetensors").read_bytes() != old
-    assert (two / "cascade.json").exists()
-    first, second = (losses(run) for run in (one, two))
-    assert len(first) > 4
-    assert second == pytest.approx(first, abs=1e-5)
 
 
 def test_fine_tuning_starts_from_any_pretrained_encoder(words, command, tmp_path, trained):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,15 +119,18 @@ def test_a_run_that_was_begun_with_other_rows_is_not_gone_on_with(words, command
 
 
 REGULARIZED = ["--dar-weight", 0.5, "--folds", 2, "--fold-seeds", 0, "--dev-data"]
+SAVED = ["--save-every", 5]
 
 
 @pytest.fixture(scope="module")
-def in_two(words, tmp_path_factory):
-    """Two commands, one after the other in the same two processes: their folder, and what they print."""
+def in_two(words, trained, tmp_path_factory):
+    """Commands, one after the other in the same two processes: their folder, and what they print."""
     folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(trained, folder / "again")
     lines = [
         difficulty_words(words, folder / "difficulty", "--batch-size", 10, folds=2),
         train_words(words, folder / "train", *REGULARIZED, words, "--batch-size", 20),
+        train_words(words, folder / "again", *SAVED, "--overwrite", "--batch-size", 20),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
@@ -168,7 +172,7 @@ def test_two_processes_train_with_the_regularization(words, command, in_two, tmp
     """Pairs are made within each process, so that only what has none is as one process has it."""
     one, two, shown = tmp_path / "one", in_two[0] / "train", in_two[1]
     assert command(*train_words(words, one, *REGULARIZED, words, "--batch-size", 40))[0] == 0
-    assert shown.count("Trained on 1200") == 1
+    assert shown.count("Trained on 1200 rows") == 2  # once by either training
     single, double = metric(one), metric(two)
     assert list(single) == list(double)
     for name in single:
@@ -182,6 +186,21 @@ def test_two_processes_train_with_the_regularization(words, command, in_two, tmp
     assert sum(a != b for a, b in zip(*levels, strict=True)) <= 6
     tree = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (one, two)]
     assert tree[0] == tree[1]
+
+
+def test_two_processes_overwrite_a_run_and_train_what_one_does(
+    words, command, trained, in_two, tmp_path
+):
+    one, two = tmp_path / "one", in_two[0] / "again"
+    assert command(*train_words(words, one, *SAVED, "--batch-size", 40))[0] == 0
+    old, new = (run / "stage-1" / "model.safetensors" for run in (trained, two))
+    assert new.read_bytes() != old.read_bytes()
+    assert (two / "cascade.json").exists()
+    first, second = metric(one), metric(two)
+    assert list(first) == list(second) == ["stage-1", "stage-2"]
+    assert sum(map(len, first.values())) > 4
+    for name, losses in first.items():
+        assert second[name] == pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "killed_in"), [("deebert", "exits"), ("joint", "joint")])
