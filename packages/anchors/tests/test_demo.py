@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
 import pytest
 from anchors import demo, trials, world
-from anchors.cli import app
+from anchors.cli import app, main
 from anchors.compress import compress
 from anchors.demo import judge
 from anchors.reweight import Reweighter
@@ -137,41 +138,38 @@ def test_the_applications_fail_under_sabotage(finished, monkeypatch):
     assert verdicts("Distances of anchors", trials.confusion, 8) is False
 
 
-#: A demo of few and short steps, in a process of its own.
-SMALL = """
-import sys
-from dataclasses import replace
-from anchors import demo, trials
-from anchors.cli import main
-demo.WORLDS["quick"] = replace(demo.WORLDS["quick"], steps=40)
-demo.PROMPTS["quick"], demo.SETS["quick"] = 20, 2
-trials.TRAINED_ON = trials.EPOCHS = 2
-trials.TEXTS = 30
-sys.exit(main())
-"""
+def make_small(patch):
+    """A demo of few and short steps."""
+    patch.setitem(WORLDS, "quick", replace(WORLDS["quick"], steps=40))
+    patch.setitem(demo.PROMPTS, "quick", 20)
+    patch.setitem(demo.SETS, "quick", 2)
+    for name, number in {"TRAINED_ON": 2, "EPOCHS": 2, "TEXTS": 30}.items():
+        patch.setattr(trials, name, number)
 
 
-def test_a_killed_demo_ends_like_one_that_was_not(tmp_path):
-    """Killed once the first seed's model is saved; its training is not repeated."""
+@pytest.mark.untraced
+def test_a_killed_demo_ends_like_one_that_was_not(command, tmp_path, monkeypatch):
+    """A real process, killed once the first seed's model is saved; its training is not repeated."""
+    make_small(monkeypatch)
+    whole, cut = tmp_path / "whole", tmp_path / "killed"
 
-    def start(out):
-        words = ["demo", "--seeds", "0,1", "--out", str(out), "--device", "cpu", "--quiet"]
-        return subprocess.Popen([sys.executable, "-c", SMALL, *words], stdout=subprocess.DEVNULL)
+    def line(out):
+        return ["demo", "--seeds", "0,1", "--out", str(out), "--device", "cpu", "--quiet"]
 
-    whole = start(tmp_path / "whole")
-    killed = start(tmp_path / "killed")
-    first = tmp_path / "killed" / "seed-0" / "model"
+    killed = subprocess.Popen([sys.executable, __file__, *line(cut)], stdout=subprocess.DEVNULL)
+    first = cut / "seed-0" / "model"
     while not first.is_dir() and killed.poll() is None:
         time.sleep(0.05)
     killed.kill()
     killed.wait()
-    assert not (tmp_path / "killed" / "claims.json").exists()
+    assert first.is_dir()
+    assert not (cut / "claims.json").exists()
     before = (first / "model.safetensors").stat().st_mtime_ns
-    again = start(tmp_path / "killed")
-    assert (again.wait(), whole.wait()) == (3, 3)  # such a model does not pass the gate
+    # such a model does not pass the gate
+    assert (command(*line(cut))[0], command(*line(whole))[0]) == (3, 3)
     assert (first / "model.safetensors").stat().st_mtime_ns == before
     for name in ("seed-0.json", "seed-1.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_model_that_was_not_trained_does_not_pass_the_gate(command, tmp_path, monkeypatch):
@@ -186,3 +184,8 @@ def test_a_model_that_was_not_trained_does_not_pass_the_gate(command, tmp_path, 
     assert command("demo", "--out", out, "--device", "cpu", "--quiet")[0] == 3
     claims = json.loads((out / "claims.json").read_text())["claims"]
     assert [claim["verdict"] for claim in claims] == ["FAIL"] + ["not shown at this size"] * 10
+
+
+if __name__ == "__main__":  # the process that is killed
+    make_small(pytest.MonkeyPatch())
+    sys.exit(main())
