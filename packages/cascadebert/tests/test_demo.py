@@ -56,6 +56,7 @@ def report(tmp_path_factory):
         return run(app, ["demo", "--out", str(out), "--seeds", "0", "--quiet"]), out
 
 
+@pytest.mark.untraced
 def test_the_quick_demo_shows_the_claims(report):
     code, out = report
     claims = load_claims(out)["claims"]

@@ -7,6 +7,7 @@ import pytest
 pytestmark = pytest.mark.realdata
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("task", "columns"),
     [("sst2", ["text_a", None]), ("mrpc", ["text_a", "text_b"])],
