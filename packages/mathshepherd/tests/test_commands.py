@@ -120,7 +120,8 @@ def test_ppo(command, files, generator, loop, tmp_path, more):
 
 def test_rounds(command, files, generator, tmp_path):
     words = ("rounds", generator, "--data", files / "train.jsonl", "--dev-data", files / "dev.jsonl",
-             "--samples", 2, "--rollouts", 2, "--keep-going", "--learning-rate-reward", "1e-3", *PPO)  # fmt: skip
+             "--samples", 2, "--rollouts", 2, "--keep-going", "--learning-rate-reward", "1e-3",
+             *PPO)  # fmt: skip
     code, out, err = command(*words, "--out", tmp_path / "rounds", "--json")
     assert code == 0, err
     assert [row["round"] for row in json.loads(out)["Rounds"]] == [1, 2]

@@ -59,7 +59,9 @@ class StepRewardModel(nn.Module):
         reading: what is read.
     """
 
-    _keys_to_ignore_on_save: list[str] | None = None  # Trainer asks where a tied weight is not loaded
+    _keys_to_ignore_on_save: list[str] | None = (
+        None  # Trainer asks where a tied weight is not loaded
+    )
 
     def __init__(
         self,
