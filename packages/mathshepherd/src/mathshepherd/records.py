@@ -184,13 +184,14 @@ def _solution(row: Mapping[str, Any], where: str) -> Solution:
     labels = None
     if row["labels"] is not None:
         labels = _labels(row["labels"], len(steps), where)
-    truth = row["truth"] and tuple(row["truth"])
-    if truth and not all(one in (0, 1) for one in truth):
-        raise DataError(f"{where}: `truth` must be 0 or 1 for each of the {len(steps)} steps")
-    if truth and len(truth) != len(steps) and (len(truth) > len(steps) or truth[-1] != 0):
-        raise DataError(
-            f"{where}: `truth` must be 0 or 1 for each of the {len(steps)} steps, or end with a 0"
-        )
+    truth = None if row["truth"] is None else tuple(row["truth"])
+    if truth is not None:
+        short = 0 < len(truth) < len(steps) and truth[-1] == 0
+        if not all(one in (0, 1) for one in truth) or not (short or len(truth) == len(steps)):
+            raise DataError(
+                f"{where}: `truth` must be 0 or 1 for each of the {len(steps)} steps, or end with a 0"
+            )
+        truth = tuple(map(int, truth))
     return Solution(
         str(row["problem"]), row["sample"] or 0, row["question"], steps, as_text(row["answer"]),
         as_text(row["predicted"]), row["correct"], row["finished"] is not False, labels, truth, scores,
@@ -217,8 +218,8 @@ def _labels(row: Mapping[str, Any], count: int, where: str) -> StepLabels:
     for name, good, what in (
         ("hard", lambda one: one in (0, 1, None), "0, 1 or null"),
         ("soft", lambda one: one is None or 0 <= one <= 1, "from 0 to 1, or null"),
-        ("hits", lambda one: one is not None and one >= 0, "0 or more"),
-        ("tried", lambda one: one is not None and one >= 0, "0 or more"),
+        ("hits", lambda one: one is not None and one >= 0 and one % 1 == 0, "a count"),
+        ("tried", lambda one: one is not None and one >= 0 and one % 1 == 0, "a count"),
     ):  # fmt: skip
         values = row.get(name)
         if values is None and name != "hard":
@@ -230,7 +231,8 @@ def _labels(row: Mapping[str, Any], count: int, where: str) -> StepLabels:
         for one in values:
             if not (one is None or isinstance(one, int | float)) or not good(one):
                 raise DataError(f"{where}: labels: `{name}` holds {one!r}; must be {what}")
-        parts[name] = tuple(values)
+        whole = name != "soft"
+        parts[name] = tuple(int(one) if whole and one is not None else one for one in values)
     return StepLabels(**parts, strategy=str(row.get("strategy", "linear")))
 
 
