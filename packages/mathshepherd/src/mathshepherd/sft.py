@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from octavo.errors import DataError
+from octavo.errors import DataError, ModelError
 from octavo.models import load_model, load_tokenizer
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime
@@ -65,8 +65,13 @@ def encode_solution(
     """Question, steps with tags and the end token.
 
     Raises:
-        DataError: a step is blank or holds the tag.
+        DataError: there is no step, or one is blank or holds the tag.
+        ModelError: the tokenizer has no end token.
     """
+    if not steps:
+        raise DataError(f"a solution without steps, of the question {question[:60]!r}")
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the model's tokenizer has no end token, and solutions must come to an end")
     text = form.prefix(question, steps)
     begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
     found: Any = tokenizer(text, add_special_tokens=not begun, return_offsets_mapping=True)
@@ -165,9 +170,10 @@ def worked(problems: Sequence[Problem], form: StepFormat) -> list[tuple[str, tup
     """
     rows = []
     for one in problems:
-        if not one.solution:
+        steps = form.split(one.solution or "")
+        if not steps:
             raise DataError(f"problem {one.id}: has no `solution` to learn from")
-        rows.append((one.question, with_answer(form.split(one.solution), one.answer)))
+        rows.append((one.question, with_answer(steps, one.answer)))
     return rows
 
 
