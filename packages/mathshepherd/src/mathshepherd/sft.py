@@ -71,7 +71,9 @@ def encode_solution(
     if not steps:
         raise DataError(f"a solution without steps, of the question {question[:60]!r}")
     if tokenizer.eos_token_id is None:
-        raise ModelError("the model's tokenizer has no end token, and solutions must come to an end")
+        raise ModelError(
+            "the model's tokenizer has no end token, and solutions must come to an end"
+        )
     text = form.prefix(question, steps)
     begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
     found: Any = tokenizer(text, add_special_tokens=not begun, return_offsets_mapping=True)
