@@ -233,8 +233,8 @@ def test_a_killed_annotation_ends_like_one_that_was_not(generator, loop, tmp_pat
     def start(out):
         words = ["annotate", str(generator), "--data", str(loop / "pool"), "--rollouts", "4",
                  "--estimation", "both", "--out", str(out), *SHORT]  # fmt: skip
-        code = "import sys\nfrom mathshepherd import annotate, stations\nfrom functools import partial\n"
-        code += "stations.annotating.annotate = partial(annotate.annotate, chunk=1)\n"
+        code = "import sys\nfrom mathshepherd import stations\nfrom functools import partial\n"
+        code += "stations.label = partial(stations.label, chunk=1)\n"
         code += "from mathshepherd.cli import main\nsys.exit(main())"
         return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
 

@@ -16,8 +16,9 @@ from octavo.rundir import RunDir, refuse_existing
 from octavo.runtime import Runtime
 from octavo.training import TrainOptions, discard_checkpoints
 
-from mathshepherd import annotate as annotating
 from mathshepherd import convert, quality, verify
+from mathshepherd.annotate import RolloutStore, shard
+from mathshepherd.annotate import annotate as label
 from mathshepherd.config import (
     AnnotateConfig,
     Engine,
@@ -157,15 +158,15 @@ def _share(values: Iterable[Any]) -> float | None:
 
 def annotate(
     run: RunDir, source: str, data: Sequence[str], config: AnnotateConfig, sampling: Sampling,
-    form: StepFormat, runtime: Runtime, engine: Engine = Engine(), shard: str = "1/1", limit: int = 0,
+    form: StepFormat, runtime: Runtime, engine: Engine = Engine(), part: str = "1/1", limit: int = 0,
 ) -> Tables:  # fmt: skip
     """Label the steps of solutions by rollouts; a killed run makes no completion twice."""
     solutions = load_solutions(data)
-    solutions = annotating.shard(solutions[:limit] if limit else solutions, shard)
+    solutions = shard(solutions[:limit] if limit else solutions, part)
     form = saved_format(model_folder(source), form)
-    store = annotating.RolloutStore(run.path / "rollouts.jsonl")
+    store = RolloutStore(run.path / "rollouts.jsonl")
     generator = open_engine(source, sampling, runtime, engine)
-    labelled, cost = annotating.annotate(solutions, generator, config, form, store, runtime.seed)
+    labelled, cost = label(solutions, generator, config, form, store, runtime.seed)
     write_solutions(run.path / ROWS, labelled)
     return {"Labels": [label_row(labelled)], "Cost": [cost.row()]} | truth_tables(
         labelled, config, store
@@ -182,7 +183,7 @@ def label_row(solutions: Sequence[Solution]) -> dict[str, Any]:
 
 
 def truth_tables(
-    solutions: Sequence[Solution], config: AnnotateConfig, store: annotating.RolloutStore
+    solutions: Sequence[Solution], config: AnnotateConfig, store: RolloutStore
 ) -> Tables:
     """Quality of the labels where the truth is known; by number of rollouts where all were made."""
     if not all(one.truth for one in solutions):
