@@ -436,7 +436,7 @@ def processbench(
         threshold: A step scored below it is wrong; 0.5 where nothing is said.
         choose_on: Subset on which the threshold is chosen instead, by its file's name.
         family: Of a public reward model; none for one that was trained here.
-        limit: The first so many solutions of each file; 0 for all.
+        limit: So many solutions from all over each file; 0 for all.
         overwrite: Start anew where a run already lies.
     """
     from mathshepherd import stations

@@ -315,7 +315,7 @@ def processbench(
         columns = {"error_steps": list | None, "steps": list | None}
         is_prmbench = next(iter_rows(file, columns), {}).get("error_steps") is not None
         solutions = convert.read(file, "prmbench" if is_prmbench else "processbench")
-        solutions = solutions[: limit * (2 if is_prmbench else 1)] if limit else solutions
+        solutions = from_all_over(solutions, limit, 2 if is_prmbench else 1)
         scores = scorer.step_scores(
             [one.question for one in solutions], [one.steps for one in solutions],
             batch_tokens=batch_tokens,
@@ -345,6 +345,17 @@ def processbench(
             for row in found
         ]
     return tables
+
+
+def from_all_over(
+    solutions: Sequence[Solution], limit: int, together: int = 1
+) -> Sequence[Solution]:
+    """So many groups of solutions at even distances (0: all): benchmarks are sorted by outcome."""
+    groups = len(solutions) // together
+    if not limit or limit >= groups:
+        return solutions
+    firsts = [n * groups // limit * together for n in range(limit)]
+    return [one for first in firsts for one in solutions[first : first + together]]
 
 
 def convert_rows(
