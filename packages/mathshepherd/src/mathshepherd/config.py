@@ -38,7 +38,7 @@ class Engine:
     OpenAI's (vLLM, SGLang, llama.cpp ...), whose model MODEL then names."""
 
     server: str = ""
-    """Its address, like http://localhost:8000/v1."""
+    """Its address, like http://localhost:8000/v1; a key is taken from OPENAI_API_KEY."""
 
     rows: int = 256
     """Completions made at once."""

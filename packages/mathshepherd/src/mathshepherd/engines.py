@@ -1,6 +1,7 @@
 """What writes the solutions: a model in this process, vLLM, or any server that completes texts."""
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -158,9 +159,10 @@ class ServerGenerator:
 
     def _ask(self, body: bytes) -> bytes:
         """The server's answer; what may pass (no connection, 429, 5xx) is tried again."""
-        asked = urllib.request.Request(
-            f"{self.address.rstrip('/')}/completions", body, {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        asked = urllib.request.Request(f"{self.address.rstrip('/')}/completions", body, headers)
         attempt = 0
         while True:
             try:

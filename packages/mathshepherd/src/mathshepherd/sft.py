@@ -79,7 +79,9 @@ def encode_solution(
     found: Any = tokenizer(text, add_special_tokens=not begun, return_offsets_mapping=True)
     length = len(form.question(question))
     start = next(n for n, (a, b) in enumerate(found["offset_mapping"]) if a >= length and b > a)
-    return Encoded([*found["input_ids"], int(str(tokenizer.eos_token_id))], start)
+    end = int(str(tokenizer.eos_token_id))
+    ids: list[int] = list(found["input_ids"])
+    return Encoded(ids if ids[-1] == end else [*ids, end], start)
 
 
 def encode_all(

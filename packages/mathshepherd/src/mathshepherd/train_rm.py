@@ -51,7 +51,7 @@ def step_targets(solution: Solution, config: RewardConfig) -> list[float]:
         )
     found = [float("nan") if one is None else float(one) for one in values]
     if config.until_first_error:
-        first = next((n for n, one in enumerate(found) if one < 0.5), len(found))
+        first = next((n for n, one in enumerate(labels.hard) if one == 0), len(found))
         found = [one if n <= first else float("nan") for n, one in enumerate(found)]
     return found
 
