@@ -179,9 +179,16 @@ def test_what_cannot_be_scored_is_refused(steps, error, message, rewards):
         rewards["llama"].step_scores(["How?", "How?"], [["a"], steps])
 
 
+def one_tag_more():
+    """A format with a tag in its prompt, which is refused where it is made as others are."""
+    form = StepFormat()
+    object.__setattr__(form, "prompt", "ки {question}")
+    return form
+
+
 def test_a_broken_model_and_a_lost_tag_are_told(tokenizer):
     reward = StepRewardModel(make("llama", tokenizer), tokenizer)
-    reward.reading = Reading(form=StepFormat(prompt="ки {question}"))
+    reward.reading = Reading(form=one_tag_more())
     with pytest.raises(ModelError, match="1 steps and 2 tags: the tokenizer joins 'ки'"):
         reward.step_scores(["How?"], [["a"]])
     with torch.no_grad():
@@ -497,7 +504,7 @@ def test_what_cannot_be_learnt_from_is_refused(tokenizer, tmp_path):
     )):  # fmt: skip
         with pytest.raises(DataError, match=message):
             train(reward, tmp_path / str(number), rows)
-    reward.reading = Reading(form=StepFormat(prompt="ки {question}"))
+    reward.reading = Reading(form=one_tag_more())
     with pytest.raises(DataError, match="3 steps and other tags; is one in the question"):
         train(reward, tmp_path / "tags")
 
