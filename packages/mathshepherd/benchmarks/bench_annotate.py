@@ -51,7 +51,7 @@ def plain_loop(
 
 
 def measure(
-    demonstrations: int = 2000, epochs: float = 8, problems: int = 150, samples: int = 4,
+    demonstrations: int = 2000, epochs: float = 5, problems: int = 60, samples: int = 4,
     rollouts: int = 8, tries: int = 3, shape: tuple[int, int] = (3, 64), tokens: int = 64,
     sizes: Shop = Shop(),
 ) -> dict[str, Any]:  # fmt: skip

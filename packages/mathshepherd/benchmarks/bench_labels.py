@@ -23,8 +23,8 @@ from octavo.rundir import environment, write_json
 
 
 def measure(
-    demonstrations: int = 2000, epochs: float = 8, problems: int = 100, samples: int = 3,
-    most: int = 32, seeds: tuple[int, ...] = (0, 1), shape: tuple[int, int] = (3, 64),
+    demonstrations: int = 2000, epochs: float = 5, problems: int = 60, samples: int = 3,
+    most: int = 32, seeds: tuple[int, ...] = (0,), shape: tuple[int, int] = (3, 64),
     tokens: int = 64, sizes: Shop = Shop(),
 ) -> dict[str, Any]:  # fmt: skip
     """Quality for each number of rollouts, world and seed; fewer ones must be the first of the many."""
@@ -33,7 +33,7 @@ def measure(
     for clock in (0, 10):
         for seed in seeds:
             world = make_world(replace(sizes, clock=clock), demonstrations, problems, 0, 0, seed)
-            model, tokenizer = trained(world, *shape, epochs, seed)
+            model, tokenizer = trained(world, *shape, epochs, seed=seed)
             drawn = {
                 warm: LocalGenerator(
                     model, tokenizer, Sampling(temperature=warm, max_new_tokens=tokens)

@@ -40,16 +40,16 @@ class Size:
         rows: in one batch.
         tokens: in the longest continuation.
         tries: measured runs of each way.
-        models: layers, width and epochs of each.
+        models: layers, width, epochs and batch size of the training of each.
     """
 
     demonstrations: int = 2000
-    problems: int = 16
+    problems: int = 8
     samples: int = 8
     rows: int = 256
     tokens: int = 64
     tries: int = 3
-    models: tuple[tuple[int, int, float], ...] = ((3, 64, 8), (4, 256, 0.75))
+    models: tuple[tuple[int, int, float, int], ...] = ((3, 64, 5, 64), (4, 256, 0.3, 16))
 
 
 def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -63,13 +63,15 @@ def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
-def trained(world: World, layers: int, width: int, epochs: float, seed: int = 0) -> tuple[Any, Any]:
+def trained(
+    world: World, layers: int, width: int, epochs: float, batch_size: int = 64, seed: int = 0
+) -> tuple[Any, Any]:
     """A generator of this shape, fine-tuned on the world's demonstrations, and its tokenizer."""
     tokenizer = shop.make_tokenizer(world.shop)
     model: Any = shop.make_model(tokenizer, seed, layers, width)
     rows = [(one.question, one.steps) for one in world.demonstrations]
     rate = 4e-3 * (64 / width) ** 0.5
-    options = TrainOptions(learning_rate=rate, epochs=epochs, batch_size=64)
+    options = TrainOptions(learning_rate=rate, epochs=epochs, batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder:
         finetune(model, tokenizer, rows, FORMAT, RunDir(Path(folder)), options)
     return model.eval(), tokenizer
@@ -132,8 +134,8 @@ def measure(size: Size = Size()) -> dict[str, Any]:
     sampling = Sampling(max_new_tokens=size.tokens)
     greedy = replace(sampling, temperature=0.0)
     rows, seconds = [], {}
-    for layers, width, epochs in size.models:
-        own = trained(world, layers, width, epochs)
+    for layers, width, *training in size.models:
+        own = trained(world, layers, width, *training)
         assert ours(*own, texts, greedy, 1, size.rows) == plain_loop(
             *own, texts, greedy, 1, size.rows
         )

@@ -81,23 +81,26 @@ def measure(
     batch_tokens: int = 2048, tries: int = 3,
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of each way, their ratios, and the logits that are never made; scores must be equal."""
-    reward, *given = make_case(layers, width, vocabulary, steps, count)
+    reward, questions, solutions = make_case(layers, width, vocabulary, steps, count)
 
     def ours() -> list[np.ndarray]:
-        return reward.step_scores(*given, batch_tokens=batch_tokens)
+        return reward.step_scores(questions, solutions, batch_tokens=batch_tokens)
 
     found = ours()
     assert reward.exact
     assert {len(one) for one in found} == {steps}
-    for others in (pass_a_step(reward, *given), all_logits(reward, *given, batch_tokens)):
+    for others in (
+        pass_a_step(reward, questions, solutions),
+        all_logits(reward, questions, solutions, batch_tokens),
+    ):
         assert max(np.abs(a - b).max() for a, b in zip(found, others, strict=True)) < 1e-5
     seconds = medians(
-        {"one pass": ours, "a pass a step": lambda: pass_a_step(reward, *given),
-         "one pass, all logits": lambda: all_logits(reward, *given, batch_tokens)}, tries,
+        {"one pass": ours, "a pass a step": lambda: pass_a_step(reward, questions, solutions),
+         "one pass, all logits": lambda: all_logits(reward, questions, solutions, batch_tokens)}, tries,
     )  # fmt: skip
     lengths = [
         len(encode(reward.tokenizer, FORMAT.prefix(question, some)))
-        for question, some in zip(*given, strict=True)
+        for question, some in zip(questions, solutions, strict=True)
     ]
     widest = max(len(batch) * lengths[batch[0]] for batch in token_batches(lengths, batch_tokens))
     ratios = [

@@ -25,7 +25,7 @@ def test_a_demo_is_collected(benchmark_file, tmp_path, profile, name):
 
 def test_rollouts_are_measured_on_equal_texts(benchmark_file):
     bench = benchmark_file("bench_rollouts")
-    found = bench.measure(bench.Size(32, 3, 2, 8, 6, 1, ((1, 16, 1), (2, 32, 1))))
+    found = bench.measure(bench.Size(32, 3, 2, 8, 6, 1, ((1, 16, 1, 16), (2, 32, 1, 16))))
     assert [row["what"].partition(":")[0] for row in found["ratios"]] == [
         f"Llama {shape}, {kind} lengths" for shape in ("1 x 16", "2 x 32")
         for kind in ("mixed", "equal")
@@ -47,7 +47,7 @@ def opened(generator):
 
 def test_annotation_is_measured_on_equal_labels(benchmark_file, monkeypatch, opened, world):
     bench = benchmark_file("bench_annotate")
-    monkeypatch.setattr(bench, "trained", lambda *given: opened)
+    monkeypatch.setattr(bench, "trained", lambda *given, **options: opened)
     found = bench.measure(0, 0, 6, 2, 4, 1, tokens=40, sizes=world.shop)
     assert found["ratios"][0]["ratio"] > 1
     assert found["cost"]["plain"] == 4 * found["cost"]["steps"]
@@ -55,8 +55,14 @@ def test_annotation_is_measured_on_equal_labels(benchmark_file, monkeypatch, ope
 
 def test_labels_are_measured_by_rollouts(benchmark_file, monkeypatch, opened, world):
     bench = benchmark_file("bench_labels")
-    monkeypatch.setattr(bench, "trained", lambda *given: opened)
+    monkeypatch.setattr(bench, "trained", lambda *given, **options: opened)
     found = bench.measure(0, 0, 6, 2, 2, (0,), tokens=40, sizes=world.shop)
     assert [(row["clock"], row["rollouts"]) for row in found["means"]] == [
         (0, 1), (0, 2), (10, 1), (10, 2),
     ]  # fmt: skip
+
+
+def test_training_is_measured_on_equal_losses(benchmark_file):
+    found = benchmark_file("bench_training").measure(1, 32, 120, 6, 3, 1, (2, 4))
+    assert [row["bar"] for row in found["ratios"]] == ["1.2 or more", "no bar"]
+    assert "PRMTrainer" in found["ratios"][0]["what"]
