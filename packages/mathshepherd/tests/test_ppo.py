@@ -417,7 +417,7 @@ def test_a_reward_of_answers_raises_accuracy(small, run, way):
     problems = [Problem(str(n), one, "4") for n, one in enumerate(asked * 8)]
     found = small.train(
         run, policy, problems=problems, dev=problems[:8], reward=None,
-        shaping=Shaping(answer_weight=1.0), iterations=16, rollouts=32, batch_size=16,
+        shaping=Shaping(answer_weight=1.0), iterations=16, responses=32, batch_size=16,
         micro_batch_size=32, monitor_every=16, learning_rate=2e-3, max_new_tokens=8, **way,
     )  # fmt: skip
     shares = [line["accuracy"] for line in run.metrics() if "iteration" in line]
@@ -468,7 +468,7 @@ def test_an_early_stop_restores_the_best_policy(small, tmp_path, monkeypatch, ac
         ({"learning_rate": math.nan}, "--learning-rate nan: .*finite"),
         ({"advantage": "rloo"}, "--advantage rloo: compares a --group of 2 or more"),
         ({"advantage": "grpo"}, "--advantage grpo: compares a --group of 2 or more"),
-        ({"rollouts": 9, "group": 2}, "--rollouts 9: must be a multiple of --group 2"),
+        ({"rollouts": 9, "group": 2}, "--responses 9: must be a multiple of --group 2"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be(options, words):
@@ -485,7 +485,7 @@ def test_options_that_do_not_fit(small, run, monkeypatch):
             run, problems=[*pool, Problem("x", "How many?")], shaping=Shaping(answer_weight=1)
         )
     with pytest.raises(ConfigError, match="--group 2: need 18 questions, and there are 16"):
-        small.train(run, rollouts=36, group=2)
+        small.train(run, responses=36, group=2)
     with pytest.raises(ConfigError, match="--dtype float16: reinforcement needs bfloat16"):
         small.train(run, runtime=Runtime(device="cpu", dtype="float16"))
     with monkeypatch.context() as patch:
@@ -501,9 +501,9 @@ def test_options_that_do_not_fit(small, run, monkeypatch):
 def test_questions_that_cannot_be_asked(small, run):
     long = Problem("x", "Ann has 3 pens. " * 30)
     with pytest.raises(DataError, match="leaves no room in the model's context"):
-        small.train(run, problems=[long], rollouts=1, dev=[])
+        small.train(run, problems=[long], responses=1, dev=[])
     with pytest.raises(DataError, match="a question holds the tag 'ки'"):
-        small.train(run, problems=[Problem("x", "How ки many?")], rollouts=1, dev=[])
+        small.train(run, problems=[Problem("x", "How ки many?")], responses=1, dev=[])
 
 
 def test_a_diverged_policy_is_told_of(small, run, tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ from octavo.runtime import is_main, world_size
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 
 #: Options that may change when a run is resumed.
-VOLATILE = {"device", "threads", "out", "overwrite", "report-to"}
+VOLATILE = {"device", "threads", "out", "overwrite", "report-to", "gradient-checkpointing", "rows"}
+VOLATILE |= {"micro-batch-size", "retries", "server"}
 
 
 @contextmanager

@@ -62,6 +62,9 @@ class TrainOptions:
     save_every: int = 0
     """Updates between two checkpoints to resume from; 0 for one an epoch."""
 
+    gradient_checkpointing: bool = False
+    """Compute activations twice, and keep few of them."""
+
     report_to: ReportTo = "none"
     """tensorboard or wandb (with octavo's extra of that name), or none."""
 
@@ -123,6 +126,7 @@ def fit(
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup,
         max_grad_norm=options.max_gradient_norm,
+        gradient_checkpointing=options.gradient_checkpointing,
         save_strategy="steps" if options.save_every or evaluate else "epoch",
         save_steps=options.save_every or 10**9,
         save_total_limit=1,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.console import counter
 from octavo.errors import ConfigError, DataError
@@ -20,7 +20,7 @@ from octavo.errors import ConfigError, DataError
 from mathshepherd.answers import equivalent
 from mathshepherd.config import AnnotateConfig
 from mathshepherd.generate import Generator, Request, seed_of
-from mathshepherd.records import Solution, StepLabels, without_doubles
+from mathshepherd.records import Problem, Solution, StepLabels, without_doubles
 from mathshepherd.sample import Grader, answer_in
 from mathshepherd.steps import StepFormat
 
@@ -312,8 +312,11 @@ def _binary(
     return labels, list(asked)
 
 
-def shard(solutions: Sequence[Solution], which: str) -> list[Solution]:
-    """Part i of k (`1/4`): all solutions of a k-th of the problems, so that they still share prefixes.
+Part = TypeVar("Part", Problem, Solution)
+
+
+def shard(rows: Sequence[Part], which: str) -> list[Part]:
+    """Part i of k (`1/4`) of the problems, or all solutions of these, so that they share prefixes.
 
     Raises:
         ConfigError: the words are not of that form.
@@ -322,5 +325,7 @@ def shard(solutions: Sequence[Solution], which: str) -> list[Solution]:
     if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         raise ConfigError(f"--shard {which}: write it like 1/4, from 1/4 to 4/4")
     return [
-        one for one in solutions if seed_of("shard", one.problem) % int(count) == int(first) - 1
-    ]
+        one for one in rows
+        if seed_of("shard", one.id if isinstance(one, Problem) else one.problem) % int(count)
+        == int(first) - 1
+    ]  # fmt: skip

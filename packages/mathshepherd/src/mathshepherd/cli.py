@@ -75,6 +75,7 @@ def sample(
     data: str,
     out: Path,
     samples: int = 8,
+    shard: str = "1/1",
     limit: int = 0,
     overwrite: bool = False,
     sampling: Flat[Sampling] = Sampling(),
@@ -89,14 +90,18 @@ def sample(
         data: Problems; graded where they have answers.
         out: Folder of the run; the solutions lie in its `solutions.jsonl`.
         samples: Solutions of each problem.
+        shard: Which part of the problems, like 1/4; parts are named together where they are read.
         limit: The first so many problems; 0 for all.
         overwrite: Start anew where a run already lies.
     """
     from mathshepherd import stations
 
-    choice = {"model": model, "data": data, "samples": samples, "limit": limit}
+    choice = {"model": model, "data": data, "samples": samples, "shard": shard,
+              "limit": limit}  # fmt: skip
     with RunDir.open(out, options_of(form, sampling, engine, runtime, choice), overwrite) as run:
-        tables = stations.sample(run, model, data, samples, sampling, form, runtime, engine, limit)
+        tables = stations.sample(
+            run, model, data, samples, sampling, form, runtime, engine, limit, shard
+        )
         return _ended(run, "sample", tables, f"Solutions: {out}")
 
 
@@ -393,7 +398,9 @@ def rounds(
     """
     from mathshepherd import rounds as loop
     from mathshepherd.monitor import Alarm
+    from mathshepherd.stations import alone
 
+    alone("rounds")
     if count < 1 or samples < 1:
         raise ConfigError(f"--count {count}, --samples {samples}: must be 1 or more")
     options = TrainOptions(

@@ -168,8 +168,11 @@ class PPOConfig:
     batch_size: int = 64
     """Responses in one update, over all processes."""
 
-    micro_batch_size: int = 64
+    micro_batch_size: int = 8
     """Responses in one pass of a process; bounds memory, changes nothing else."""
+
+    rows: int = 256
+    """Responses sampled at once; bounds memory, changes nothing else."""
 
     learning_rate: float = 1e-6
     """Of Adam, constant."""
@@ -228,7 +231,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         _check(
             self, iterations=(1, None, False), responses=(1, None, False), group=(1, None, False),
-            epochs=(1, None, False), batch_size=(1, None, False), micro_batch_size=(1, None, False),
+            epochs=(1, None, False), batch_size=(1, None, False), micro_batch_size=(1, None, False), rows=(1, None, False),
             learning_rate=(0, None, True), critic_learning_rate=(0, None, False),
             value_weight=(0, None, False), gamma=(0, 1, False), lam=(0, 1, False), clip=(0, None, True),
             kl=(0, None, False), target_kl=(0, None, False), temperature=(0, None, True),

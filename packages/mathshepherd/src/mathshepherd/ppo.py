@@ -24,8 +24,9 @@ from octavo.console import counter
 from octavo.errors import ConfigError, ModelError
 from octavo.models import quiet_library
 from octavo.rundir import RunDir, atomic
-from octavo.runtime import Runtime, is_main, rank, seed_everything, world_size
+from octavo.runtime import Runtime, is_main, local_rank, rank, seed_everything, world_size
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mathshepherd.aggregate import aggregate
 from mathshepherd.answers import equivalent
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+#: Tokens whose predictions over the whole vocabulary are held at once.
+CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ class Actor(nn.Module):
         super().__init__()
         self.model = model
         self.head = _value_head(model) if head else None
+        self.exact = _states_tell(model)
+        if head and not self.exact:
+            raise ConfigError("--critic shared: does not fit this model; use --critic separate")
 
     def forward(
         self, ids: Int[Tensor, "rows seq"], mask: Int[Tensor, "rows seq"],
@@ -83,20 +90,37 @@ class Actor(nn.Module):
             tokens: of the responses.
             temperature: they are sampled at.
         """
-        shared = self.head is not None
-        found = self.model(
-            input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=shared
-        )
-        index = places[..., None]
-        logits = found.logits.gather(1, index.expand(-1, -1, found.logits.shape[-1])).float()
-        logs = (logits / temperature).log_softmax(-1)
+        if not self.exact:
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            kept = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
+            logs, entropy = _token_logs(kept.flatten(0, 1), tokens.flatten(), temperature)
+            return logs.view_as(tokens), entropy.view_as(tokens), None
+        decoder, output = self.model.get_decoder(), self.model.get_output_embeddings()
+        assert output is not None  # or it would not be exact
+        states = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+        parts = []
+        for some, wanted in zip(
+            states.flatten(0, 1).split(CHUNK), tokens.flatten().split(CHUNK), strict=True
+        ):
+
+            def told(some: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+                return _token_logs(output(some), wanted, temperature)
+
+            parts.append(checkpoint(told, some, wanted, use_reentrant=False))
+        logs, entropy = (torch.cat(some).view_as(tokens) for some in zip(*parts, strict=True))
+        values = None if self.head is None else self.head(states.float()).squeeze(-1)
+        return logs, entropy, values
+
+
+def _token_logs(
+    logits: Float[Tensor, "tokens vocabulary"], wanted: Int[Tensor, " tokens"], temperature: float
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """Log-probabilities of tokens, and the entropy of the predictions (without a gradient)."""
+    logs = (logits.float() / temperature).log_softmax(-1)
+    with torch.no_grad():
         entropy = -(logs.exp() * logs).sum(-1)
-        values = None
-        if self.head is not None:
-            states = found.hidden_states[-1]
-            states = states.gather(1, index.expand(-1, -1, states.shape[-1]))
-            values = self.head(states.float()).squeeze(-1)
-        return logs.gather(-1, tokens[..., None]).squeeze(-1), entropy, values
+    return logs.gather(-1, wanted[:, None]).squeeze(-1), entropy
 
 
 class Critic(nn.Module):
@@ -115,6 +139,19 @@ class Critic(nn.Module):
         states = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         return self.head(states.float()).squeeze(-1)
+
+
+@torch.no_grad()
+def _states_tell(model: Any) -> bool:
+    """Whether the output matrix makes a model's logits of its last states (some scale them after)."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    try:
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        short = model.get_output_embeddings()(states)
+    except (AttributeError, TypeError):
+        return False
+    own = model(input_ids=ids, use_cache=False).logits
+    return own.shape == short.shape and torch.allclose(own, short, rtol=1e-2, atol=1e-3)
 
 
 def _value_head(model: "PreTrainedModel") -> nn.Linear:
@@ -168,6 +205,8 @@ def reinforce(
     seed_everything(runtime.seed)
     if runtime.torch_dtype() == torch.float16:
         raise ConfigError("--dtype float16: reinforcement needs bfloat16 or float32")
+    if device.type == "cuda" and device.index != local_rank():
+        raise ConfigError(f"--device {device}: set CUDA_VISIBLE_DEVICES={device.index} instead")
     accelerator = Accelerator(cpu=device.type == "cpu")
     trainer = _Trainer(
         policy, tokenizer, reward, run, config, shaping, form, runtime, grade, accelerator
@@ -236,10 +275,18 @@ class _Trainer:
         if config.lora_rank:
             policy = _with_adapter(policy, config.lora_rank)
         elif config.kl:
-            self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
+            frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+            self.reference = Actor(frozen.to(runtime.torch_dtype()), False)
         self.policy = policy.eval()
         self.responder = Responder(
-            policy, tokenizer, reward, form, config.max_new_tokens, grade, self.autocast
+            policy,
+            tokenizer,
+            reward,
+            form,
+            config.max_new_tokens,
+            config.rows,
+            grade,
+            self.autocast,
         )
         shared = config.advantage == "gae" and config.critic == "shared"
         self.actor: Any = Actor(policy, shared)
@@ -294,8 +341,7 @@ class _Trainer:
                             ids, mask, places, tokens, config.temperature
                         )[0]
                 elif self.reference is not None:
-                    actor = Actor(self.reference, False)
-                    reference = actor(ids, mask, places, tokens, config.temperature)[0]
+                    reference = self.reference(ids, mask, places, tokens, config.temperature)[0]
                 if self.critic is not None:
                     values = self._plain(self.critic)(ids, mask, places)
             for n, one in enumerate(part):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class Solution:
         problem: the problem's id.
         sample: which of its attempts, from 0.
         question: the problem's question.
-        steps: without tags.
+        steps: without tags; none where nothing was written.
         answer: the right final answer.
         predicted: the answer that the attempt gives, None where it gives none.
         correct: whether that is right, None where it cannot be told.
@@ -151,10 +152,14 @@ def key_of(question: str) -> str:
 def load_solutions(sources: str | Path | Sequence[str | Path]) -> list[Solution]:
     """Solutions of one file or more, or of the folders of runs.
 
+    Those of several are put together: where two have a problem's sample of the same number, the later
+    one's is counted on.
+
     Raises:
         DataError: a row is not as the stations write it, or stands twice.
     """
-    found: dict[tuple[str, int], Solution] = {}
+    found: list[Solution] = []
+    counts: Counter[str] = Counter()
     for source in [sources] if isinstance(sources, str | Path) else sources:
         path = Path(source) / ROWS
         columns: dict[str, Any] = {
@@ -164,21 +169,31 @@ def load_solutions(sources: str | Path | Sequence[str | Path]) -> list[Solution]
             "truth": list | None, "scores": dict | None,
         }  # fmt: skip
         place = path if path.is_file() else source
+        here: dict[tuple[str, int], Solution] = {}
         for number, row in enumerate(iter_rows(place, columns), 1):
             solution = _solution(row, f"{place}, row {number}")
             key = (solution.problem, solution.sample)
-            if key in found:
+            if key in here:
                 raise DataError(f"{place}, row {number}: {solution.key} stands twice")
-            found[key] = solution
+            here[key] = solution
+        before = dict(counts)
+        for one in here.values():
+            sample = one.sample + before.get(one.problem, 0)
+            found.append(replace(one, sample=sample))
+            counts[one.problem] = max(counts[one.problem], sample + 1)
     if not found:
         raise DataError(f"{sources}: holds no solutions")
-    return list(found.values())
+    return found
 
 
 def _solution(row: Mapping[str, Any], where: str) -> Solution:
     steps = tuple(row["steps"]) if isinstance(row["steps"], list) else ()
-    if not steps or not all(isinstance(step, str) and step.strip() for step in steps):
-        raise DataError(f"{where}: `steps` must be one text or more, none of them blank")
+    blank = not all(isinstance(step, str) and step.strip() for step in steps)
+    if blank or not (steps or (isinstance(row["steps"], list) and row["predicted"] is None)):
+        raise DataError(
+            f"{where}: `steps` must be one text or more, none of them blank (none at all where there "
+            "is no answer either)"
+        )
     scores = {name: _numbers(values, len(steps), f"{where}: scores of {name!r}")
               for name, values in (row["scores"] or {}).items()}  # fmt: skip
     labels = None

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from octavo.errors import ModelError
 from octavo.runtime import world_size
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Response:
         ends: the token each step ends with.
         scores: of the steps.
         right: whether the answer is; None where that is not known.
-        answered: whether it has one and came to its end.
+        answered: whether it has one, came to its end, and has a tag behind each step.
         old: log-probability of each token under the policy that sampled it.
         reference: the same under the reference policy.
         values: the critic's, before each token.
@@ -57,6 +58,7 @@ class Responder:
         reward: scores the steps; without one each score is 0.
         form: how responses are written.
         max_new_tokens: tokens in the longest response.
+        rows: responses sampled at once.
         grade: tells a right answer.
         autocast: the precision of the forward passes.
     """
@@ -66,6 +68,7 @@ class Responder:
     reward: StepRewardModel | None
     form: StepFormat
     max_new_tokens: int = 512
+    rows: int = 256
     grade: Grader = equivalent
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -83,7 +86,7 @@ class Responder:
         sampling = Sampling(temperature=temperature, max_new_tokens=self.max_new_tokens)
         prompts = [encode(self.tokenizer, self.form.question(one.question)) for one in problems]
         made: list[list[Tokens]] = []
-        size = max(1, 256 // count)
+        size = max(1, self.rows // count)
         with self.autocast():
             for start in range(0, len(prompts), size):
                 part = slice(start, start + size)
@@ -102,7 +105,11 @@ class Responder:
         predicted = answer_in(text, self.form) if tokens.finished else None
         right = None if problem.answer is None else self.grade(predicted, problem.answer)
         ends = step_ends(self.tokenizer, self.form, tokens.text_ids)
-        return Response(prompt, tokens.ids, ends, [], right, predicted is not None)
+        whole = True
+        if not self.form.plain:  # what stands behind the last tag is never scored
+            behind = tokens.text_ids[ends[-1] + 1 if ends else 0 :]
+            whole = not self.tokenizer.decode(behind).strip()
+        return Response(prompt, tokens.ids, ends, [], right, predicted is not None and whole)
 
     def _score(self, problems: Sequence[Problem], responses: Sequence[Response]) -> None:
         """Put the reward model's scores to the responses' steps."""
@@ -120,6 +127,8 @@ class Responder:
                     scores = reward.score_tokens([rows[n] for n in batch])
                 for n, values in zip(batch, scores, strict=True):
                     one = some[n][1]
+                    if not values.isfinite().all():
+                        raise ModelError("the reward model gave a score that is NaN: it is broken")
                     texts = self._steps(one, self.form.tag)
                     # a blank step is worth nothing
                     one.scores = [

@@ -144,6 +144,10 @@ class StepRewardModel(nn.Module):
             seen.add(weight.data_ptr())
         return found
 
+    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """Have the language model compute activations twice; what a trainer asks for."""
+        self.model.gradient_checkpointing_enable(*args, **options)
+
     @property
     def device(self) -> torch.device:
         """Where it computes."""

@@ -34,7 +34,7 @@ def sample_solutions(
         chunk: problems handed to the generator at once.
 
     Returns:
-        The solutions, problem by problem; texts without any step are left out.
+        The solutions, problem by problem, one for each sample: a blank text is one without steps.
     """
     found: list[Solution] = []
     with counter("sampling", len(problems), "problems") as advance:
@@ -47,8 +47,7 @@ def sample_solutions(
             ]  # fmt: skip
             for problem, made in zip(part, generator(requests), strict=True):
                 for n, completion in enumerate(made):
-                    solution = read_solution(problem, n, completion, form, grade)
-                    found += [solution] if solution.steps else []
+                    found.append(read_solution(problem, n, completion, form, grade))
             advance(len(part))
     return found
 

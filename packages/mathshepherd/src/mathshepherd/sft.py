@@ -152,17 +152,25 @@ def finetune(
     """
     encoded, dropped = encode_all(tokenizer, form, rows, min(longest, context(model)))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    usual = options.batch_size * sum(len(one.ids) - one.start for one in encoded) / len(encoded)
     model = fit(
-        model, encoded, collate(pad), run, name, options=options, runtime=runtime, loss=_loss  # pyright: ignore
+        model, encoded, collate(pad), run, name, options=options, runtime=runtime,  # pyright: ignore
+        loss=lambda model, batch: solution_loss(model, batch) / usual,
     )  # fmt: skip
     return model, dropped
 
 
-def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of the next token, mean over the solutions' tokens."""
+def solution_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of the next token, summed over the solutions' tokens.
+
+    Training divides it by the mean number of such tokens in a batch, so that each counts the same,
+    whichever batch, accumulation step or process it is in.
+    """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"][:, 1:]
+    there = labels != IGNORED
     return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
+        logits[:, :-1][there].float(), labels[there], reduction="sum"
     )
 
 

@@ -4,16 +4,18 @@ What one leaves is what the next takes: a folder of rows (`solutions.jsonl`) or 
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from octavo.console import counter
 from octavo.data import iter_rows
 from octavo.errors import ConfigError, DataError
 from octavo.models import save_model
 from octavo.rundir import RunDir, refuse_existing
-from octavo.runtime import Runtime
+from octavo.runtime import Runtime, world_size
 from octavo.training import TrainOptions, discard_checkpoints
 
 from mathshepherd import convert, quality, verify
@@ -32,6 +34,7 @@ from mathshepherd.records import (
     ROWS,
     Problem,
     Solution,
+    key_of,
     load_problems,
     load_solutions,
     with_scores,
@@ -124,19 +127,66 @@ def save_generator(run: RunDir, model: Any, tokenizer: Any, form: StepFormat) ->
 
 def sample(
     run: RunDir, source: str, data: str, samples: int, sampling: Sampling, form: StepFormat,
-    runtime: Runtime, engine: Engine = Engine(), limit: int = 0,
+    runtime: Runtime, engine: Engine = Engine(), limit: int = 0, part: str = "1/1",
 ) -> Tables:  # fmt: skip
-    """Sample solutions of problems, graded where answers are known."""
+    """Sample solutions of problems, graded where answers are known; a killed run goes on."""
+    alone("sample")
     if samples < 1:
         raise ConfigError(f"--samples {samples}: must be 1 or more")
-    problems = problems_of(data, limit)
+    problems = shard(problems_of(data, limit), part)
     form = saved_format(model_folder(source), form)
     generator = open_engine(source, sampling, runtime, engine)
-    found = sample_solutions(problems, generator, form, samples, runtime.seed)
-    if not found:
-        raise DataError(f"{source}: not one of its texts has a step in it")
+    partial = run.path / "partial.jsonl"
+    found = unfinished(partial)
+    if rest := len(found) % samples:  # of a problem, when the run was killed
+        found = found[:-rest]
+        write_solutions(partial, found)
+    left = problems[len(found) // samples :]
+    with counter("sampling", len(left), "problems") as advance:
+        size = many(engine)
+        for start in range(0, len(left), size):
+            chunk = left[start : start + size]
+            made = sample_solutions(chunk, generator, form, samples, runtime.seed)
+            append_rows(partial, made)
+            found += made
+            advance(len(chunk))
     write_solutions(run.path / ROWS, found)
+    partial.unlink(missing_ok=True)
     return {"Solutions": [sample_row(problems, found)]}
+
+
+def many(engine: Engine) -> int:
+    """Texts handed to an engine at once; one that fills its own batches gets thousands."""
+    return 64 if engine.engine == "local" else 4096
+
+
+def append_rows(file: Path, solutions: Sequence[Solution]) -> None:
+    """Add rows to a file; they are on the disk when this returns."""
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write("".join(json.dumps(one.row(), ensure_ascii=False) + "\n" for one in solutions))
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def unfinished(file: Path) -> list[Solution]:
+    """The whole rows that a killed run left; half a line at the end is taken off."""
+    if not file.is_file():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    with file.open("rb+") as opened:
+        opened.truncate(len(whole))
+    return load_solutions(file) if whole else []
+
+
+def alone(command: str) -> None:
+    """Refuse several processes where there is nothing for them to share.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if world_size() > 1:
+        raise ConfigError(f"{command}: runs in one process; start several with --shard 1/4 to 4/4")
 
 
 def sample_row(problems: Sequence[Problem], solutions: Sequence[Solution]) -> dict[str, Any]:
@@ -161,12 +211,15 @@ def annotate(
     form: StepFormat, runtime: Runtime, engine: Engine = Engine(), part: str = "1/1", limit: int = 0,
 ) -> Tables:  # fmt: skip
     """Label the steps of solutions by rollouts; a killed run makes no completion twice."""
+    alone("annotate")
     solutions = load_solutions(data)
     solutions = shard(solutions[:limit] if limit else solutions, part)
     form = saved_format(model_folder(source), form)
     store = RolloutStore(run.path / "rollouts.jsonl")
     generator = open_engine(source, sampling, runtime, engine)
-    labelled, cost = label(solutions, generator, config, form, store, runtime.seed)
+    labelled, cost = label(
+        solutions, generator, config, form, store, runtime.seed, chunk=8 * many(engine)
+    )
     write_solutions(run.path / ROWS, labelled)
     return {"Labels": [label_row(labelled)], "Cost": [cost.row()]} | truth_tables(
         labelled, config, store
@@ -225,16 +278,19 @@ def score(
     """Put a reward model's scores to solutions' steps, under a name."""
     from mathshepherd.adapters import open_scorer
 
+    alone("score")
     if not name.strip():
         raise ConfigError("--name: name the scores, like prm")
     solutions = load_solutions(data)
     scorer = open_scorer(source, family, runtime.start(), runtime.torch_dtype())
-    scores = scorer.step_scores(
-        [one.question for one in solutions],
-        [one.steps for one in solutions],
-        batch_tokens=batch_tokens,
-    )
-    scored = [with_scores(one, name, values) for one, values in zip(solutions, scores, strict=True)]
+    written = [one for one in solutions if one.steps]
+    scores = iter(
+        scorer.step_scores(
+            [one.question for one in written], [one.steps for one in written],
+            batch_tokens=batch_tokens,
+        )
+    )  # fmt: skip
+    scored = [with_scores(one, name, next(scores) if one.steps else []) for one in solutions]
     write_solutions(run.path / ROWS, scored)
     return {"Scores": [verify.position_of_minimum(scored, name)]} | _step_tables(scored, [name])
 
@@ -283,14 +339,17 @@ def ppo(
 
     problems = problems_of(data, limit, known=shaping.answer_weight != 0)
     dev = problems_of(dev_data) if dev_data else []
-    if shared := {one.id for one in problems} & {one.id for one in dev}:
+    if shared := {key_of(one.question) for one in problems} & {key_of(one.question) for one in dev}:
+        same = next(one.id for one in dev if key_of(one.question) in shared)
         raise DataError(
-            f"{dev_data}: {len(shared)} of its problems are in --data too, like {min(shared)}"
+            f"{dev_data}: {len(shared)} of its questions are in --data too, like {same}"
         )
     form = saved_format(model_folder(source), form)
     device = runtime.start()
     model, tokenizer = open_generator(model_folder(source), form)
-    judge = StepRewardModel.load(reward, device=device) if reward else None
+    judge = None
+    if reward:
+        judge = StepRewardModel.load(reward, device=device, dtype=runtime.torch_dtype())
     found = reinforce(
         model, tokenizer, problems, judge, run, config, shaping, form, runtime, dev, limits
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from octavo.errors import ConfigError, DataError, ModelError
 from octavo.rundir import write_json
+from octavo.runtime import is_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,8 +148,9 @@ def saved_format(source: str, given: StepFormat) -> StepFormat:
 
 
 def save_format(folder: Path, form: StepFormat) -> None:
-    """Write a format beside a model's weights."""
-    write_json(folder / FORMAT_FILE, asdict(form))
+    """Write a format beside a model's weights (rank 0 alone)."""
+    if is_main():
+        write_json(folder / FORMAT_FILE, asdict(form))
 
 
 @dataclass(frozen=True)

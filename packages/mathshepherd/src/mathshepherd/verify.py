@@ -66,7 +66,9 @@ def make_pools(solutions: Sequence[Solution], methods: Mapping[str, tuple[str, s
             if number >= 0:
                 right[number] |= bool(one.correct)
         scores = {
-            name: np.array([aggregate(np.array(one.scores[score]), how) for one in group])
+            name: np.array(
+                [aggregate(np.array(one.scores[score]), how) if one.steps else 0.0 for one in group]
+            )
             for name, (score, how) in methods.items()
         }
         pools.append(Pool(found, right, scores))
