@@ -233,8 +233,8 @@ def _labels(row: Mapping[str, Any], count: int, where: str) -> StepLabels:
     for name, good, what in (
         ("hard", lambda one: one in (0, 1, None), "0, 1 or null"),
         ("soft", lambda one: one is None or 0 <= one <= 1, "from 0 to 1, or null"),
-        ("hits", lambda one: one is not None and one >= 0 and one % 1 == 0, "a count"),
-        ("tried", lambda one: one is not None and one >= 0 and one % 1 == 0, "a count"),
+        ("hits", lambda one: one is not None and one >= 0 and one % 1 == 0, "0 or more, and whole"),
+        ("tried", lambda one: one is not None and one >= 0 and one % 1 == 0, "0 or more, and whole"),
     ):  # fmt: skip
         values = row.get(name)
         if values is None and name != "hard":
