@@ -494,8 +494,6 @@ class _Trainer:
         limits: Alarm | None,
     ) -> str:
         """Greedy responses on held-out questions, into the history; why to stop, or nothing."""
-        if history and history[-1]["iteration"] >= iteration:
-            return ""
         share = list(dev)[rank() :: world_size()]
         made = self.responder(share, 1, 0.0, [[0]] * len(share))
         rows = gathered(made, 1, len(dev))
@@ -526,7 +524,7 @@ class _Trainer:
         last = history[-1]
         value = last["accuracy"] if last["accuracy"] is not None else -math.inf
         hacked = stopped and last["accuracy"] is None
-        if hacked or value < best[1] or last["iteration"] == best[0]:
+        if hacked or value < best[1]:
             return best
         self._write("best.pt", {"actor": self._plain(self.actor).state_dict()})
         return last["iteration"], value
