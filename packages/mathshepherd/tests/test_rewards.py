@@ -120,9 +120,8 @@ numbers = st.lists(st.tuples(st.floats(-2, 2), st.floats(-2, 2)), min_size=1, ma
 @given(st.lists(numbers, min_size=1, max_size=3), st.floats(0, 1), st.floats(0, 1))
 def test_gae_is_its_definition(rows, gamma, lam):
     length = max(map(len, rows))
-    rewards, values = torch.full(
-        (2, len(rows), length), 9.0
-    )  # what is behind the end does not count
+    # what is behind the end does not count
+    rewards, values = torch.full((len(rows), length), 9.0), torch.full((len(rows), length), 2.0)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
     for n, row in enumerate(rows):
         rewards[n, : len(row)], values[n, : len(row)] = torch.tensor(row).T
