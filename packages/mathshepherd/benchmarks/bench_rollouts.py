@@ -134,8 +134,8 @@ def measure(size: Size = Size()) -> dict[str, Any]:
     sampling = Sampling(max_new_tokens=size.tokens)
     greedy = replace(sampling, temperature=0.0)
     rows, seconds = [], {}
-    for layers, width, *training in size.models:
-        own = trained(world, layers, width, *training)
+    for layers, width, epochs, batch_size in size.models:
+        own = trained(world, layers, width, epochs, batch_size)
         assert ours(*own, texts, greedy, 1, size.rows) == plain_loop(
             *own, texts, greedy, 1, size.rows
         )
