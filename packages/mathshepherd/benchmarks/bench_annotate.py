@@ -4,8 +4,8 @@ python packages/mathshepherd/benchmarks/bench_annotate.py
 
 Solutions of the toy shop by a generator that is trained here, N = 8 at T = 0.7, one thread. The plain
 loop completes each inner step of each solution N times, by the same generator and with the same seeds,
-so that the labels must be equal and only the number of rollouts differs. The search for the first error
-(`binary`) asks less and gives other labels; it stands beside them.
+so that the labels must be equal and only the number of rollouts differs. Medians of CPU seconds. The
+search for the first error (`binary`) asks less and gives other labels; it stands beside them.
 """
 
 import time
@@ -55,7 +55,7 @@ def measure(
     rollouts: int = 8, tries: int = 3, shape: tuple[int, int] = (3, 64), tokens: int = 64,
     sizes: Shop = Shop(),
 ) -> dict[str, Any]:  # fmt: skip
-    """Rollouts and seconds of each way, and their ratios; the labels must be equal."""
+    """Rollouts and CPU seconds of each way, and their ratios; the labels must be equal."""
     world = make_world(sizes, demonstrations, problems, 0, 0, 0)
     model, tokenizer = trained(world, *shape, epochs)
 
@@ -77,9 +77,9 @@ def measure(
     found: dict[str, Any] = {}
     for _ in range(tries):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             found[name] = way()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(time.process_time() - begin)
     seconds = {name: sorted(each)[len(each) // 2] for name, each in times.items()}
     labelled, cost = found["sharing and early exit"]
     assert [one.labels.hard for one in labelled] == found["plain loop"][0]

@@ -3,9 +3,10 @@
 python packages/mathshepherd/benchmarks/bench_rollouts.py
 
 Beginnings of a toy shop's solutions, each continued 8 times at T = 0.7, 256 rows at once, one thread;
-medians of interleaved runs. Two Llamas, trained here on demonstrations: 3 x 64, and 4 x 256 for a few
-steps only. The loop takes the texts as they come, pads them on the left and waits for each batch's
-longest row. `mixed` are the models' own lengths; `equal` has no end token, so that all rows are as long.
+medians of interleaved runs in CPU seconds. Two Llamas, trained here on demonstrations: 3 x 64, and
+4 x 256 for a few steps only. The loop takes the texts as they come, pads them on the left and waits for
+each batch's longest row. `mixed` are the models' own lengths; `equal` has no end token, so that all rows
+are as long.
 """
 
 import copy
@@ -53,13 +54,16 @@ class Size:
 
 
 def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each way, run in turns after a first round that does not count."""
+    """Median CPU seconds of each way, run in turns after a first round that does not count.
+
+    On one thread these are what the way takes, whatever else the machine does meanwhile.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             way()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(time.process_time() - begin)
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 

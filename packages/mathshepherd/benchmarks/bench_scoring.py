@@ -3,10 +3,10 @@
 python packages/mathshepherd/benchmarks/bench_scoring.py
 
 A Llama of 4 x 128 with random weights and a vocabulary of 32,000, solutions of 10 steps, one thread;
-medians of interleaved runs. The rival is written anew after a description of RLHFlow's script:
-each step is scored by a pass of its own over the question and all steps so far, one row at a time, and
-the two verdicts are picked from all logits of the last place. The bar is K, the number
-of steps. A third way reads all tags in one pass too, and has the whole vocabulary's logits of a batch.
+medians of interleaved runs in CPU seconds. The rival is written anew after a description of RLHFlow's
+script: each step is scored by a pass of its own over the question and all steps so far, one row at a
+time, and the two verdicts are picked from all logits of the last place. The bar is K, the number of
+steps. A third way reads all tags in one pass too, and has the whole vocabulary's logits of a batch.
 """
 
 from collections.abc import Sequence
