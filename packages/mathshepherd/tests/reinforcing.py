@@ -53,7 +53,7 @@ def taught(rows: Sequence[tuple[str, Sequence[str]]], steps: int) -> Any:
     batch = sft.collate(0)([sft.encode_solution(TOKENIZER, shop.FORMAT, *row) for row in rows])
     adam = torch.optim.Adam(model.parameters(), lr=2e-2)
     for _ in range(steps):
-        sft._loss(model, batch).backward()
+        (sft.solution_loss(model, batch) / (batch["labels"] != sft.IGNORED).sum()).backward()
         adam.step()
         adam.zero_grad()
     return model

@@ -9,13 +9,13 @@ from mathshepherd import shop
 from mathshepherd.records import Problem, Solution
 from mathshepherd.sft import (
     IGNORED,
-    _loss,
     collate,
     encode_all,
     encode_solution,
     finetune,
     open_generator,
     right_solutions,
+    solution_loss,
     with_answer,
     worked,
 )
@@ -73,7 +73,7 @@ def test_the_loss_is_on_the_solutions_tokens_alone():
         for place in range(row.start, len(row.ids)):
             total -= float(logs[place - 1, row.ids[place]])
             count += 1
-    assert float(_loss(model, batch).detach()) == pytest.approx(total / count, abs=1e-5)
+    assert float(solution_loss(model, batch).detach()) == pytest.approx(total, rel=1e-5)
     assert int((batch["labels"] != IGNORED).sum()) == count
     assert count == sum(len(row.ids) - row.start for row in rows)  # the end token too
     first = batch["labels"][0]
@@ -85,7 +85,7 @@ def test_the_gradient_is_where_the_solutions_tokens_are_predicted():
     rows = [encode_solution(TOKENIZER, shop.FORMAT, *row) for row in ROWS]
     batch = collate(0)(rows)
     logits = torch.randn(*batch["input_ids"].shape, len(TOKENIZER), requires_grad=True)
-    _loss(lambda **_: SimpleNamespace(logits=logits), batch).backward()
+    solution_loss(lambda **_: SimpleNamespace(logits=logits), batch).backward()
     assert logits.grad is not None
     for row, changed in zip(rows, logits.grad.abs().sum(-1) > 0, strict=True):
         assert changed.nonzero().flatten().tolist() == list(range(row.start - 1, len(row.ids) - 1))
@@ -129,7 +129,9 @@ def test_a_model_learns_and_what_was_too_long_is_told(tmp_path):
     assert not model.training
     batch = collate(0)([encode_solution(TOKENIZER, shop.FORMAT, *row) for row in ROWS])
     with torch.no_grad():
-        assert _loss(model, batch) < 0.3 < 1 < _loss(make_model(), batch)
+        tokens = int((batch["labels"] != IGNORED).sum())
+        before = solution_loss(make_model(), batch) / tokens
+        assert solution_loss(model, batch) / tokens < 0.3 < 1 < before
     assert all(line["training"] == "sft" for line in run.metrics())
 
 
@@ -145,7 +147,7 @@ def test_words_are_added_when_that_is_wanted(tmp_path):
     assert weight.shape[0] == len(tokenizer) == tag + 1
     found = encode_solution(tokenizer, form, *ROWS[1])
     assert found.ids.count(tag) == 2
-    assert torch.isfinite(_loss(model, collate(0)([found])))
+    assert torch.isfinite(solution_loss(model, collate(0)([found])))
     # the known ones stay as they are
     same, tokens = open_generator(str(tmp_path / "model"), shop.FORMAT, words=True)
     assert len(tokens) == len(TOKENIZER)

@@ -231,7 +231,8 @@ class PPOConfig:
     def __post_init__(self) -> None:
         _check(
             self, iterations=(1, None, False), responses=(1, None, False), group=(1, None, False),
-            epochs=(1, None, False), batch_size=(1, None, False), micro_batch_size=(1, None, False), rows=(1, None, False),
+            epochs=(1, None, False), batch_size=(1, None, False),
+            micro_batch_size=(1, None, False), rows=(1, None, False),
             learning_rate=(0, None, True), critic_learning_rate=(0, None, False),
             value_weight=(0, None, False), gamma=(0, 1, False), lam=(0, 1, False), clip=(0, None, True),
             kl=(0, None, False), target_kl=(0, None, False), temperature=(0, None, True),

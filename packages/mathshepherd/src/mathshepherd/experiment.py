@@ -92,8 +92,8 @@ SIZES = {
 
 #: Of every reinforcement but the one with raw rewards.
 REINFORCE = PPOConfig(
-    responses=256, micro_batch_size=64, batch_size=64, epochs=2, learning_rate=1e-4, critic="shared", monitor_every=4,
-    save_every=1000, target_kl=0,
+    responses=256, micro_batch_size=64, batch_size=64, epochs=2, learning_rate=1e-4,
+    critic="shared", monitor_every=4, save_every=1000, target_kl=0,
 )  # fmt: skip
 
 
