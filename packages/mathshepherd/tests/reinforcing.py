@@ -75,7 +75,7 @@ def make_reward(scope: Any = "steps") -> StepRewardModel:
 
 def options(**changes: Any) -> PPOConfig:
     small: dict[str, Any] = {
-        "iterations": 2, "rollouts": 8, "batch_size": 4, "micro_batch_size": 1, "max_new_tokens": 12,
+        "iterations": 2, "responses": 8, "batch_size": 4, "micro_batch_size": 1, "max_new_tokens": 12,
         "learning_rate": 1e-3, "monitor_every": 1, "save_every": 2, "target_kl": 0.0,
     }  # fmt: skip
     return PPOConfig(**small | changes)

@@ -1,5 +1,6 @@
 """Labels by rollouts: against a loop without sharing or early exit, after cuts, by shards, by hand."""
 
+import os
 import json
 import math
 from collections import Counter
@@ -248,7 +249,7 @@ BOTH = AnnotateConfig(rollouts=3, estimation="both", schedule=(1, 2))
 
 @pytest.mark.parametrize("config", [BOTH, AnnotateConfig(rollouts=3, strategy="binary")])
 def test_after_a_cut_at_any_byte_nothing_is_lost_or_made_twice(tmp_path, monkeypatch, config):
-    monkeypatch.setattr("mathshepherd.annotate.os.fsync", lambda _: None)  # a thousand times
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand times
     file, whole = tmp_path / "whole.jsonl", Completer()
     wanted, cost = annotate(POOL, whole, config, store=RolloutStore(file), chunk=2)
     content, cut = file.read_bytes(), tmp_path / "cut.jsonl"

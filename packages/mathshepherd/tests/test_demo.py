@@ -97,7 +97,7 @@ from mathshepherd import experiment
 from mathshepherd.cli import main
 size = experiment.SIZES["quick"]
 experiment.SIZES["quick"] = replace(
-    size, demonstrations=200, pool=24, test=20, dev=8, candidates=4, few=10, few_epochs=1,
+    size, demonstrations=200, pool=48, test=20, dev=8, candidates=4, few=24, few_epochs=1,
     truth_prefixes=4, iterations=1, sft=replace(size.sft, epochs=16, batch_size=16),
     reward=replace(size.reward, epochs=1),
 )

@@ -455,7 +455,7 @@ def test_an_early_stop_restores_the_best_policy(small, tmp_path, monkeypatch, ac
     ("options", "words"),
     [
         *(({name: 0}, f"--{name.replace('_', '-')} 0: must be 1 or more") for name in (
-            "iterations", "rollouts", "group", "epochs", "batch_size", "micro_batch_size",
+            "iterations", "responses", "group", "epochs", "batch_size", "micro_batch_size",
             "max_new_tokens", "monitor_every", "save_every")),
         *(({name: 0.0}, f"--{name.replace('_', '-')} 0.0: must be above 0") for name in (
             "learning_rate", "clip", "temperature")),
@@ -468,7 +468,7 @@ def test_an_early_stop_restores_the_best_policy(small, tmp_path, monkeypatch, ac
         ({"learning_rate": math.nan}, "--learning-rate nan: .*finite"),
         ({"advantage": "rloo"}, "--advantage rloo: compares a --group of 2 or more"),
         ({"advantage": "grpo"}, "--advantage grpo: compares a --group of 2 or more"),
-        ({"rollouts": 9, "group": 2}, "--responses 9: must be a multiple of --group 2"),
+        ({"responses": 9, "group": 2}, "--responses 9: must be a multiple of --group 2"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be(options, words):
@@ -493,7 +493,7 @@ def test_options_that_do_not_fit(small, run, monkeypatch):
         with pytest.raises(ConfigError, match="--lora-rank: needs peft; pip install"):
             small.train(run, lora_rank=2)
     monkeypatch.setattr(ppo, "world_size", lambda: 3)
-    for options in ({"rollouts": 8, "batch_size": 3}, {"rollouts": 9, "batch_size": 4}):
+    for options in ({"responses": 8, "batch_size": 3}, {"responses": 9, "batch_size": 4}):
         with pytest.raises(ConfigError, match="must be multiples of the 3 processes"):
             small.train(run, **options)
 

@@ -171,7 +171,7 @@ COUNTED = "must have one for each of the 2 steps"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": []}, "row 2: `steps` must be one text or more, none of them blank"),
+        ({"steps": [], "predicted": "3"}, "row 2: `steps` must be one text or more, none of them"),
         ({"steps": ["a", " "]}, "row 2: `steps` must be"),
         ({"steps": ["a", 3]}, "row 2: `steps` must be"),
         ({"steps": "a"}, "row 2: `steps` must be"),
@@ -212,8 +212,9 @@ def test_nothing_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no solutions"):
         load_solutions(put(tmp_path))
     file = put(tmp_path, SOLUTION)
-    with pytest.raises(DataError, match="row 1: problem 1, sample 0 stands twice"):
-        load_solutions([file, file])
+    assert [one.sample for one in load_solutions([file, file])] == [0, 1]  # two pools are one
+    with pytest.raises(DataError, match="row 2: problem 1, sample 0 stands twice"):
+        load_solutions(put(tmp_path, SOLUTION, SOLUTION))
 
 
 def test_whole_numbers_are_read_as_such(tmp_path):

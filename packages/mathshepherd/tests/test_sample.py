@@ -63,10 +63,10 @@ def test_answers_are_of_texts_that_came_to_an_end(text, finished, predicted, cor
         assert answer_in(text, FORM) == predicted
 
 
-def test_texts_without_steps_are_left_out():
+def test_texts_without_steps_count_as_wrong():
     found = sample_solutions(
         PROBLEMS, lambda some: [[Completion(" ки \n", True, 2)]] * len(some), FORM, 1
     )
-    assert found == []
+    assert [(one.steps, one.predicted) for one in found] == [((), None)] * len(PROBLEMS)
     with pytest.raises(DataError, match="a question holds the tag"):
         sample_solutions([Problem("1", "Why ки?")], writer([]), FORM, 1)

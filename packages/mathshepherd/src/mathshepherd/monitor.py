@@ -41,7 +41,9 @@ def alarm(history: Sequence[Mapping[str, Any]], limits: Alarm = Alarm()) -> str:
         return ""
     recent = history[-limits.checks - 1 :]
     worse = all(
-        now["reward"] >= before["reward"] and now["accuracy"] <= before["accuracy"] - limits.fall
+        before["reward"] is not None
+        and now["reward"] >= before["reward"]
+        and now["accuracy"] <= before["accuracy"] - limits.fall
         for before, now in pairwise(recent)
     )
     if worse:
