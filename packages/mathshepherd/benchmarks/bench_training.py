@@ -5,9 +5,10 @@ python packages/mathshepherd/benchmarks/bench_training.py
 A Llama of 4 x 128 with random weights and a vocabulary of 32,000, labelled solutions of 4 to 10 steps,
 one epoch in batches of 16, one thread; medians of interleaved runs in CPU seconds, tokenizing included.
 TRL's trainer (last seen in version 1.10, `trl.experimental.prm`) is taken where it is installed,
-without gradient checkpoints and half precision; elsewhere it is written anew after its description: a head of two labels
-for tokens, each separator's last token labelled, full padded batches, the library's Trainer. The third
-way has the loss at the tags too, but makes the logits of the whole vocabulary at every token first.
+without gradient checkpoints and half precision; elsewhere it is written anew after its description: a
+head of two labels for tokens, each separator's last token labelled, full padded batches, the library's Trainer. Both
+write a checkpoint at the end. The third
+way has the loss at the tags too, but first makes the logits of the whole vocabulary at every token.
 """
 
 import copy
@@ -102,7 +103,7 @@ def rival(
     """TRL's trainer where it is installed, else the one written anew; and which it is."""
     given: dict[str, Any] = {
         "output_dir": folder, "per_device_train_batch_size": batch_size, "num_train_epochs": 1,
-        "learning_rate": 1e-4, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+        "learning_rate": 1e-4, "report_to": "none", "save_strategy": "epoch", "use_cpu": True,
         "logging_steps": 10, "disable_tqdm": True, "seed": 0,
     }  # fmt: skip
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -149,7 +150,7 @@ def equal_losses(reward: StepRewardModel, solutions: Sequence[Solution], trainer
 
 
 def measure(
-    layers: int = 4, width: int = 128, vocabulary: int = 32_000, count: int = 96,
+    layers: int = 4, width: int = 128, vocabulary: int = 32_000, count: int = 192,
     batch_size: int = 16, tries: int = 3, events: tuple[int, int] = (4, 10),
 ) -> dict[str, Any]:  # fmt: skip
     """Tokens a second of each way, and their ratios; the loss must be equal."""

@@ -1,8 +1,8 @@
 """Labels by rollouts: against a loop without sharing or early exit, after cuts, by shards, by hand."""
 
-import os
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from itertools import accumulate
