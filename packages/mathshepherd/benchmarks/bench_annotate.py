@@ -17,6 +17,7 @@ from bench_rollouts import RESULTS, trained
 from mathshepherd.annotate import annotate, labelable, prefixes
 from mathshepherd.answers import equivalent
 from mathshepherd.config import AnnotateConfig, Sampling
+from mathshepherd.experiment import SIZES
 from mathshepherd.generate import Generator, LocalGenerator, Request, seed_of
 from mathshepherd.quality import label_quality
 from mathshepherd.records import Solution
@@ -51,9 +52,9 @@ def plain_loop(
 
 
 def measure(
-    demonstrations: int = 2000, epochs: float = 5, problems: int = 60, samples: int = 4,
-    rollouts: int = 8, tries: int = 3, shape: tuple[int, int] = (3, 64), tokens: int = 64,
-    sizes: Shop = Shop(),
+    demonstrations: int = 2000, epochs: float = 10, problems: int = 60, samples: int = 4,
+    rollouts: int = 8, tries: int = 3, shape: tuple[int, int] = (3, 64), tokens: int = 48,
+    sizes: Shop = SIZES["quick"].shop,
 ) -> dict[str, Any]:  # fmt: skip
     """Rollouts and CPU seconds of each way, and their ratios; the labels must be equal."""
     world = make_world(sizes, demonstrations, problems, 0, 0, 0)

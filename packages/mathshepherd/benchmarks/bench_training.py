@@ -4,11 +4,11 @@ python packages/mathshepherd/benchmarks/bench_training.py
 
 A Llama of 4 x 128 with random weights and a vocabulary of 32,000, labelled solutions of 4 to 10 steps,
 one epoch in batches of 16, one thread; medians of interleaved runs in CPU seconds, tokenizing included.
-TRL's trainer (last seen in version 1.10, `trl.experimental.prm`) is taken where it is installed,
-without gradient checkpoints and half precision; elsewhere it is written anew after its description: a
-head of two labels for tokens, each separator's last token labelled, full padded batches, the library's Trainer. Both
-write a checkpoint at the end. The third
-way has the loss at the tags too, but first makes the logits of the whole vocabulary at every token.
+TRL's trainer (last seen in version 1.10, `trl.experimental.prm`) is taken where it is installed, without
+gradient checkpoints and half precision; elsewhere it is written anew after its description: a head of
+two labels for tokens, each separator's last token labelled, full padded batches, the library's Trainer.
+Both write a checkpoint at the end. The third way has the loss at the tags too, but first makes the
+logits of the whole vocabulary at every token.
 """
 
 import copy
