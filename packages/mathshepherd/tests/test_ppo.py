@@ -186,7 +186,7 @@ def sampled(made, small, count=2):
 def test_log_probabilities_are_those_of_the_whole_pass(small, run, critic):
     made = trainer(small, run, temperature=0.8, critic=critic, micro_batch_size=4, max_new_tokens=9)
     other = small.make_model(5)
-    made.reference.load_state_dict(other.state_dict())
+    made.reference.model.load_state_dict(other.state_dict())
     with torch.no_grad():
         for part in made.actor.head, made.critic and made.critic.head:
             if part is not None:
