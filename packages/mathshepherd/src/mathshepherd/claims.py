@@ -147,7 +147,8 @@ def verification_claims(mean: Mapping[str, float], margins: Margins) -> list[Cla
         ),
         Claim(
             "More candidates do not hurt it",
-            f"accuracy {curve[0]:.3f} at 1 to {curve[-1]:.3f} at {sizes[-1]}; smallest change {falls:+.3f}",
+            f"accuracy {curve[0]:.3f} at 1 to {curve[-1]:.3f} at {sizes[-1]}; "
+            f"smallest change {falls:+.3f}",
             f"no fall of more than {margins.decline:g} from one size to the next",
             falls >= -margins.decline,
         ),

@@ -28,8 +28,8 @@ NOT_HERE = (
     "Not shown here: that PPO beats fine-tuning on right solutions alone (a slip is one choice, which "
     "either unlearns; RFT as it is defined keeps the demonstrations, slips and all); that a process "
     "reward model is much better than an outcome one (chains are short, as in the paper's GSM8K "
-    "columns); that labels get worse with many rollouts (the range of answers is too large to be hit "
-    "by luck; benchmarks/bench_labels.py has clock arithmetic)."
+    "columns); that hard labels get worse with many rollouts (false negatives fall faster than false "
+    "positives rise, in benchmarks/bench_labels.py also where answers are hit by luck)."
 )
 
 #: What is drawn of the tables, in their order.
