@@ -29,7 +29,7 @@ class Margins:
         no_answer: share of its responses without an answer.
     """
 
-    greedy: tuple[float, float] = (0.4, 0.7)
+    greedy: tuple[float, float] = (0.4, 0.75)
     label: float = 0.88
     negatives: float = 0.5
     auc: float = 0.95

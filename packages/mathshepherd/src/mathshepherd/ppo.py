@@ -276,10 +276,10 @@ class _Trainer:
             policy = _with_adapter(policy, config.lora_rank)
         elif config.kl:
             frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+            self.reference = Actor(frozen, False)
             for part in frozen.modules():
                 if isinstance(part, nn.Linear):  # as autocast would have them at every pass
                     part.to(runtime.torch_dtype())
-            self.reference = Actor(frozen, False)
         self.policy = policy.eval()
         self.responder = Responder(
             policy,
