@@ -86,7 +86,7 @@ def test_the_quick_demo_shows_the_claims(finished, command, visit):
     for page in (out / "report.html", out / "seed-0" / "steps.html"):
         _, said, asked = visit(page)
         assert (said, asked) == ([], [])
-    assert (out / "report.html").read_text().count("<img") == 4
+    assert (out / "report.html").read_text().count("<img") == 5
     code, _, err = command("demo", "--out", out, "--quiet")
     assert code == 2
     assert "holds a finished run" in err

@@ -16,7 +16,14 @@ from octavo.runtime import Runtime
 
 from mathshepherd.claims import judge
 from mathshepherd.experiment import SIZES, Experiment, Size
-from mathshepherd.report import checks_figure, curves_figure, rollouts_figure, sizes_figure
+from mathshepherd.records import load_solutions
+from mathshepherd.report import (
+    checks_figure,
+    curves_figure,
+    rollouts_figure,
+    scores_figure,
+    sizes_figure,
+)
 
 ABOUT = (
     "Word problems of a toy shop, whose demonstrator often does something else than two kinds of "
@@ -76,6 +83,8 @@ def run_demo(
             for (caption, rows), draw in zip(one["tables"].items(), FIGURES, strict=False):
                 if draw and rows:
                     report.figure(f"{caption}, seed {seed}", draw(rows))
+            scored = load_solutions(run.path / f"seed-{seed}")
+            report.figure(f"Scores of steps, seed {seed}", scores_figure(scored, "prm"))
         page = report.save(out)
         save_claims(claims, seconds, out)
     failed = [claim.claim for claim in claims if claim.passed is False]

@@ -18,7 +18,7 @@ from mathshepherd.generate import LocalGenerator
 from mathshepherd.monitor import Alarm
 from mathshepherd.ppo import reinforce
 from mathshepherd.quality import label_quality, quality_by_rollouts
-from mathshepherd.records import Solution, with_scores
+from mathshepherd.records import ROWS, Solution, with_scores, write_solutions
 from mathshepherd.report import steps_page
 from mathshepherd.reward_model import Reading, StepRewardModel, score_solutions
 from mathshepherd.sample import sample_solutions
@@ -127,6 +127,7 @@ class Experiment:
         policies, checks = self.reinforcement(generator, labelled)
         page = steps_page(scored[:40], "prm", f"Steps and their scores, seed {self.runtime.seed}")
         write_text(self.folder / "steps.html", page)
+        write_solutions(self.folder / ROWS, scored)
         tables = {
             "Quality by rollouts": by_rollouts, "Best of N": curves, "By training solutions": few,
             "Checks of step-by-step PPO": checks, "Greedy accuracy of the policies": policies,

@@ -353,15 +353,16 @@ def two_rows_tell(model: Any, words: StepTokens) -> bool:
 
 
 def score_solutions(
-    reward: StepRewardModel, solutions: Sequence[Solution], batch_tokens: int = 16384
+    scorer: Any, solutions: Sequence[Solution], batch_tokens: int = 16384
 ) -> list[np.ndarray]:
-    """Scores of solutions' steps; see `StepRewardModel.step_scores`."""
-    return reward.step_scores(
-        [one.question for one in solutions],
-        [one.steps for one in solutions],
-        batch_tokens=batch_tokens,
-    )
+    """Scores of solutions' steps; none for one without steps.
 
-
-#: What gives scores of steps, wherever they come from.
-Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], list[np.ndarray]]
+    Args:
+        scorer: with `step_scores`, as `StepRewardModel` has it.
+        solutions: to be scored.
+        batch_tokens: tokens in one batch, padding included.
+    """
+    written = [one for one in solutions if one.steps]
+    questions, steps = [one.question for one in written], [one.steps for one in written]
+    scores = iter(scorer.step_scores(questions, steps, batch_tokens=batch_tokens))
+    return [next(scores) if one.steps else np.empty(0, np.float32) for one in solutions]

@@ -41,7 +41,13 @@ from mathshepherd.records import (
     without_doubles,
     write_solutions,
 )
-from mathshepherd.reward_model import Reading, Readout, StepRewardModel, model_folder
+from mathshepherd.reward_model import (
+    Reading,
+    Readout,
+    StepRewardModel,
+    model_folder,
+    score_solutions,
+)
 from mathshepherd.sample import sample_solutions
 from mathshepherd.sft import finetune, open_generator, right_solutions, worked
 from mathshepherd.steps import StepFormat, save_format, saved_format
@@ -283,14 +289,8 @@ def score(
         raise ConfigError("--name: name the scores, like prm")
     solutions = load_solutions(data)
     scorer = open_scorer(source, family, runtime.start(), runtime.torch_dtype())
-    written = [one for one in solutions if one.steps]
-    scores = iter(
-        scorer.step_scores(
-            [one.question for one in written], [one.steps for one in written],
-            batch_tokens=batch_tokens,
-        )
-    )  # fmt: skip
-    scored = [with_scores(one, name, next(scores) if one.steps else []) for one in solutions]
+    scores = score_solutions(scorer, solutions, batch_tokens)
+    scored = [with_scores(one, name, found) for one, found in zip(solutions, scores, strict=True)]
     write_solutions(run.path / ROWS, scored)
     return {"Scores": [verify.position_of_minimum(scored, name)]} | _step_tables(scored, [name])
 
