@@ -199,8 +199,9 @@ def policy_claims(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
         Claim(
             "Raw sums of scores are hacked, and the monitor sees it",
             f"stopped in {mean['raw stopped']:.0%} of the runs, at iteration "
-            f"{mean['raw stopped at']:.0f} on average",
-            "in all of them",
-            mean["raw stopped"] == 1.0,
+            f"{mean['raw stopped at']:.0f} on average; the default shaping alarmed in "
+            f"{mean['PPO by steps alarmed']:.0%}",
+            "in all of the former, and in none of the latter",
+            mean["raw stopped"] == 1.0 and mean["PPO by steps alarmed"] == 0.0,
         ),
     ]

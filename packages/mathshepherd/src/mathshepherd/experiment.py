@@ -15,7 +15,7 @@ from mathshepherd import shop, stations, verify
 from mathshepherd.annotate import RolloutStore, annotate
 from mathshepherd.config import AnnotateConfig, PPOConfig, RewardConfig, Sampling, Shaping
 from mathshepherd.generate import LocalGenerator
-from mathshepherd.monitor import Alarm
+from mathshepherd.monitor import Alarm, ever_alarmed
 from mathshepherd.ppo import reinforce
 from mathshepherd.quality import label_quality, quality_by_rollouts
 from mathshepherd.records import ROWS, Solution, with_scores, write_solutions
@@ -285,6 +285,7 @@ class Experiment:
             found = self.ppo(model, name, reward, config, Shaping(), None)
             told(name, found.policy)
             checks = checks or found.history
+            self.numbers[f"{name} alarmed"] = float(ever_alarmed(found.history))
         if size.hack:
             raw = replace(config, iterations=size.hack, learning_rate=2e-4)
             found = self.ppo(

@@ -23,6 +23,11 @@ class Alarm:
     no_answer: float = 0.15
 
 
+def ever_alarmed(history: Sequence[Mapping[str, Any]], limits: Alarm = Alarm()) -> bool:
+    """Whether any of a run's checks would have stopped it."""
+    return any(alarm(history[: n + 1], limits) for n in range(len(history)))
+
+
 def alarm(history: Sequence[Mapping[str, Any]], limits: Alarm = Alarm()) -> str:
     """Why a run looks like reward hacking; empty where it does not.
 
