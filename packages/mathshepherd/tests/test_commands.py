@@ -204,6 +204,7 @@ def test_runs_make_one_report(command, loop, tmp_path, visit):
         (("train-prm", "GEN", "--data", "LABELS", "--max-length", "5"), "longer than 5"),
         (("score", "PRM", "--data", "POOL", "--name", " "), "--name"),
         (("score", "PRM", "--data", "POOL", "--family", "qwen"), "of another --family"),
+        (("verify", "--data", "runs/none"), "runs/none: no such file, nor folder of a run"),
         (("verify", "--data", "POOL"), "have no scores"),
         (("verify", "--data", "SCORED", "--sizes", "1,99"), "--sizes [1, 99]"),
         (("rft", "GEN", "--data", "DEMOS"), "no solution is right"),
@@ -233,8 +234,8 @@ def test_a_killed_annotation_ends_like_one_that_was_not(generator, loop, tmp_pat
     def start(out):
         words = ["annotate", str(generator), "--data", str(loop / "pool"), "--rollouts", "4",
                  "--estimation", "both", "--out", str(out), *SHORT]  # fmt: skip
-        code = "import sys\nfrom mathshepherd import stations\nfrom functools import partial\n"
-        code += "stations.label = partial(stations.label, chunk=1)\n"
+        code = "import sys\nfrom mathshepherd import stations\nplain = stations.label\n"
+        code += "stations.label = lambda *some, **more: plain(*some, **more | {'chunk': 1})\n"
         code += "from mathshepherd.cli import main\nsys.exit(main())"
         return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
 

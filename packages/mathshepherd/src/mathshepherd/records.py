@@ -156,11 +156,13 @@ def load_solutions(sources: str | Path | Sequence[str | Path]) -> list[Solution]
     one's is counted on.
 
     Raises:
-        DataError: a row is not as the stations write it, or stands twice.
+        DataError: there is no such file, a row is not as the stations write it, or stands twice.
     """
     found: list[Solution] = []
     counts: Counter[str] = Counter()
     for source in [sources] if isinstance(sources, str | Path) else sources:
+        if not Path(source).exists():
+            raise DataError(f"{source}: no such file, nor folder of a run")
         path = Path(source) / ROWS
         columns: dict[str, Any] = {
             "problem": str | int, "sample": int | None, "question": str, "steps": str | list,
