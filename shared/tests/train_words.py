@@ -19,6 +19,11 @@ def rows(count=64):
     return [{"input_ids": row, "labels": int((row == 3).any())} for row in made]
 
 
+def lengths():
+    """As if the rows were not all equally long."""
+    return [n * 37 % 11 for n in range(len(rows()))]
+
+
 def collate(items):
     """Stack equal lengths."""
     return {
@@ -67,7 +72,7 @@ def main(out: Path, batch_size: int, die_at: int, evaluate=None) -> None:
     options = TrainOptions(learning_rate=1e-2, epochs=3, batch_size=batch_size, save_every=3)
     with RunDir.open(out, {"batch": batch_size}) as run:
         fit(model, rows(), collate, run, "words", options=options, loss=loss,
-            runtime=Runtime(device="cpu"), evaluate=evaluate)  # fmt: skip
+            runtime=Runtime(device="cpu"), evaluate=evaluate, lengths=lengths())  # fmt: skip
         if is_main():
             model.save_pretrained(out / "model")
         else:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -413,7 +415,7 @@ def planted(count=48):
     return rows
 
 
-OPTIONS = TrainOptions(learning_rate=1e-2, epochs=2, batch_size=8, save_every=5)
+OPTIONS = TrainOptions(learning_rate=1e-2, epochs=4, batch_size=8, save_every=5)
 
 
 def train(reward, folder, rows=None, config=RewardConfig(), options=OPTIONS):
@@ -435,6 +437,23 @@ def test_training_learns_the_labels(readout, tokenizer, tmp_path):
     scores = np.concatenate(score_solutions(reward, rows))
     labels = np.concatenate([step_targets(one, RewardConfig()) for one in rows])
     assert ((scores > 0.5) == labels).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["llama", "gptj"])
+def test_two_rows_alone_learn_what_they_learn_in_the_whole_matrix(kind, tokenizer, tmp_path):
+    alone, within = fresh(tokenizer, kind), fresh(tokenizer, kind)
+    before: Any = alone.model.get_output_embeddings().weight.detach().clone()  # pyright: ignore
+    options = replace(OPTIONS, weight_decay=0.0)  # of rows that are never read
+    train(alone, tmp_path / "alone", options=options)
+    within.two_rows_alone = nullcontext  # pyright: ignore
+    train(within, tmp_path / "within", options=options)
+    assert alone.rows is None
+    for name, weight in within.state_dict().items():
+        if name != "model.lm_head.bias":  # which is left as it is
+            torch.testing.assert_close(alone.state_dict()[name], weight, rtol=0, atol=1e-3)
+    changed = (alone.model.get_output_embeddings().weight != before).any(1)  # pyright: ignore
+    assert changed.nonzero().flatten().tolist() == sorted([alone.words.good, alone.words.bad])
+    assert all(one.requires_grad for one in alone.parameters())
 
 
 def test_a_model_with_tied_embeddings_trains_and_resumes(tokenizer, tmp_path, monkeypatch):

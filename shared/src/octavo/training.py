@@ -8,8 +8,9 @@ import importlib.util
 import json
 import logging
 import math
+import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from octavo import console
 from octavo.errors import ConfigError, ModelError
 from octavo.models import quiet_library
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime, is_main, local_rank, seed_everything
+from octavo.runtime import Runtime, is_main, local_rank, seed_everything, world_size
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,7 @@ def fit(
     runtime: Runtime = Runtime(),
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> "PreTrainedModel":
     """Train a model in place; a run that was killed goes on from its last whole checkpoint.
 
@@ -98,6 +100,7 @@ def fit(
         loss: of the model and a batch, a scalar mean over the batch's items.
         evaluate: of the model in evaluation mode, a finite number, larger is better; asked on every
             process after each epoch and at the end of a part of one, and rank 0's answer counts.
+        lengths: of the items, where those of about equal length are to share a batch: less padding.
 
     Returns:
         The model, trained, in evaluation mode.
@@ -161,6 +164,12 @@ def fit(
             value = loss(model, inputs) if loss else model(**inputs).loss
             return (value, None) if return_outputs else value
 
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if lengths is None:
+                return super()._get_train_sampler(train_dataset)
+            together = options.batch_size * options.accumulate * world_size()
+            return ByLength(lengths, together, runtime.seed)
+
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             assert evaluate
             with self.autocast_smart_context_manager():
@@ -203,6 +212,37 @@ def fit(
         log.info("%s: best after epoch %g, score %.4f", name, *found.values())
         run.log(training=name, step=state.global_step, **found)
     return model.eval()
+
+
+class ByLength:
+    """Orders items so that each run of so many is of about equal length, the runs by lot.
+
+    Args:
+        lengths: of the items.
+        together: items in a run; the last may be shorter.
+        seed: of the order, which is another each epoch.
+    """
+
+    def __init__(self, lengths: Sequence[int], together: int, seed: int) -> None:
+        self.lengths, self.together, self.seed, self.epoch = lengths, together, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch that comes next; a resumed training asks for one in the middle."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        order, size = draw.sample(range(len(self)), len(self)), self.together
+        runs: list[list[int]] = []
+        for start in range(0, len(order), 16 * size):
+            some = sorted(order[start : start + 16 * size], key=self.lengths.__getitem__)
+            runs += [some[n : n + size] for n in range(0, len(some), size)]
+        short = [runs.pop()] if len(runs[-1]) < size else []
+        for run in [*draw.sample(runs, len(runs)), *short]:
+            yield from run
 
 
 def discard_checkpoints(run: RunDir, name: str) -> None:

@@ -7,6 +7,7 @@ the input, and no later token is seen. A linear head may take the two words' pla
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,6 +80,7 @@ class StepRewardModel(nn.Module):
             nn.init.zeros_(self.head.bias)
             self.head.to(model.device)
         self.exact = self.head is not None or two_rows_tell(model, self.words)
+        self.rows: nn.Parameter | None = None
 
     @classmethod
     def load(
@@ -144,6 +146,29 @@ class StepRewardModel(nn.Module):
             seen.add(weight.data_ptr())
         return found
 
+    @contextmanager
+    def two_rows_alone(self) -> Iterator[None]:
+        """Within, the two verdicts' rows are trained as they are read: without the rest of the matrix.
+
+        The other rows have no gradient, and an optimiser would still go through all of them. Where the
+        matrix is the input's, too, or a head is read, or all logits, nothing is different.
+        """
+        output: Any = self.model.get_output_embeddings()
+        tied = output is not None and output.weight is self.model.get_input_embeddings().weight
+        if self.head is not None or not self.exact or tied:
+            yield
+            return
+        trained = output.weight.requires_grad
+        words = [self.words.good, self.words.bad]
+        output.weight.requires_grad_(False)
+        self.rows = nn.Parameter(output.weight[words].clone())
+        try:
+            yield
+        finally:
+            output.weight[words] = self.rows.detach()
+            self.rows = None
+            output.weight.requires_grad_(trained)
+
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """Have the language model compute activations twice; what a trainer asks for."""
         self.model.gradient_checkpointing_enable(*args, **options)
@@ -180,7 +205,7 @@ class StepRewardModel(nn.Module):
         ).last_hidden_state[where]  # fmt: skip
         if self.head is not None:
             return self.head(states.float()).squeeze(-1)
-        return two_rows(self.model, states, self.words)
+        return two_rows(self.model, states, self.words, self.rows)
 
     def step_scores(
         self,
@@ -312,19 +337,21 @@ def token_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def two_rows(
-    model: Any, states: Float[Tensor, "tags width"], words: StepTokens
-) -> Float[Tensor, " tags"]:
+    model: Any, states: Float[Tensor, "tags width"], words: StepTokens,
+    rows: Float[Tensor, "2 width"] | None = None,
+) -> Float[Tensor, " tags"]:  # fmt: skip
     """The difference of two logits from the last hidden states, by two rows of the output matrix."""
-    logits = _two_logits(model, states, words)
+    logits = _two_logits(model, states, words, rows)
     return logits[:, 0] - logits[:, 1]
 
 
 def _two_logits(
-    model: Any, states: Float[Tensor, "tags width"], words: StepTokens
-) -> Float[Tensor, "tags 2"]:
+    model: Any, states: Float[Tensor, "tags width"], words: StepTokens,
+    rows: Float[Tensor, "2 width"] | None = None,
+) -> Float[Tensor, "tags 2"]:  # fmt: skip
     output = model.get_output_embeddings()
-    rows = output.weight[[words.good, words.bad]].float()
-    logits = states.float() @ rows.T
+    used: Tensor = output.weight[[words.good, words.bad]] if rows is None else rows
+    logits = states.float() @ used.float().T
     if getattr(output, "bias", None) is not None:
         logits = logits + output.bias[[words.good, words.bad]].float()
     if cap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):

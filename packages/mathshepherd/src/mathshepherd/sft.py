@@ -156,6 +156,7 @@ def finetune(
     model = fit(
         model, encoded, collate(pad), run, name, options=options, runtime=runtime,  # pyright: ignore
         loss=lambda model, batch: solution_loss(model, batch) / usual,
+        lengths=[len(one.ids) for one in encoded],
     )  # fmt: skip
     return model, dropped
 

@@ -152,7 +152,11 @@ def train_reward(
         return tag_loss(logits.float(), labels[where], config.positive_weight) / usual
 
     collate = partial(at_tags, tag=reward.words.tag)
-    fit(reward, targets, collate, run, name, options=options, runtime=runtime, loss=loss)  # pyright: ignore
+    with reward.two_rows_alone():
+        fit(
+            reward, targets, collate, run, name, options=options, runtime=runtime, loss=loss,  # pyright: ignore
+            lengths=[len(target.ids) for target in targets],
+        )  # fmt: skip
     good = sum(value > 0.5 for value in values)
     return {"solutions": len(targets), "too long": long, "tags": len(values), "good tags": good}
 
