@@ -153,21 +153,20 @@ class StepRewardModel(nn.Module):
         The other rows have no gradient, and an optimiser would still go through all of them. Where the
         matrix is the input's, too, or a head is read, or all logits, nothing is different.
         """
-        output: Any = self.model.get_output_embeddings()
-        tied = output is not None and output.weight is self.model.get_input_embeddings().weight
+        weight: Any = getattr(self.model.get_output_embeddings(), "weight", None)
+        tied = weight is self.model.get_input_embeddings().weight
         if self.head is not None or not self.exact or tied:
             yield
             return
-        trained = output.weight.requires_grad
-        words = [self.words.good, self.words.bad]
-        output.weight.requires_grad_(False)
-        self.rows = nn.Parameter(output.weight[words].clone())
+        trained, words = weight.requires_grad, [self.words.good, self.words.bad]
+        weight.requires_grad_(False)
+        self.rows = nn.Parameter(weight[words].clone())
         try:
             yield
         finally:
-            output.weight[words] = self.rows.detach()
+            weight[words] = self.rows.detach()
             self.rows = None
-            output.weight.requires_grad_(trained)
+            weight.requires_grad_(trained)
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """Have the language model compute activations twice; what a trainer asks for."""
