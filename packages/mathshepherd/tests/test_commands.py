@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from mathshepherd.records import load_solutions
+from mathshepherd.records import by_problem, load_solutions
 from mathshepherd.reward_model import StepRewardModel
 from octavo.rundir import is_finished
 
@@ -116,6 +116,23 @@ def test_ppo(command, files, generator, loop, tmp_path, more):
     assert [row["iteration"] for row in json.loads(out)["Checks"]] == [0, 1, 2]
     assert (tmp_path / "ppo" / "model" / "model.safetensors").is_file()
     assert not (tmp_path / "ppo" / "checkpoints").exists()
+
+
+def test_search_finds_solutions_that_can_be_verified(command, files, generator, loop, tmp_path):
+    words = ("search", generator, "--reward", loop / "prm", "--data", files / "test.jsonl",
+             "--beams", 2, "--width", 2, "--max-new-tokens", 40, "--device", "cpu",
+             "--quiet")  # fmt: skip
+    code, out, err = command(*words, "--out", tmp_path / "found")
+    assert code == 0, err
+    assert "best right" in out
+    found = by_problem(load_solutions(tmp_path / "found"))
+    assert len(found) == 10
+    for some in found.values():
+        worst = [min(one.scores["prm"]) for one in some]
+        assert worst == sorted(worst, reverse=True)
+    none = ("--max-steps", 0, "--out", tmp_path / "none")
+    code, _, err = command(*words, *none)
+    assert (code, "--max-steps 0" in err) == (2, True)
 
 
 def test_rounds(command, files, generator, tmp_path):

@@ -77,17 +77,15 @@ def test_the_quick_demo_shows_the_claims(finished, command, visit):
     code, out = finished
     claims = json.loads((out / "claims.json").read_text())["claims"]
     found = {claim["claim"]: claim["verdict"] for claim in claims}
-    hacked = found.pop("Raw sums of scores are hacked, and the monitor sees it")
-    assert hacked == "not shown at this size"
-    # one seed of the quick profile is too little to tell the two reward models apart
-    found.pop("The process reward model is no worse than the outcome one")
-    found.pop("With little data it is better: it learns more from each solution")
+    for long in ("Raw sums of scores are hacked, and the monitor sees it",
+                 "With little data it is better: it learns more from each solution"):  # fmt: skip
+        assert found.pop(long) == "not shown at this size"
     assert {*found.values()} == {"PASS"}, claims
-    assert code in (0, 3)
+    assert code == 0
     for page in (out / "report.html", out / "seed-0" / "steps.html"):
         _, said, asked = visit(page)
         assert (said, asked) == ([], [])
-    assert (out / "report.html").read_text().count("<img") == 5
+    assert (out / "report.html").read_text().count("<img") == 4
     code, _, err = command("demo", "--out", out, "--quiet")
     assert code == 2
     assert "holds a finished run" in err

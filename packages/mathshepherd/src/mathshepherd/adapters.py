@@ -17,7 +17,7 @@ from octavo.errors import ConfigError, DataError, ModelError
 from octavo.models import load_model, load_tokenizer
 from torch import Tensor, nn
 
-from mathshepherd.generate import encode
+from mathshepherd.generate import context, encode
 from mathshepherd.reward_model import (
     StepRewardModel,
     fitting,
@@ -231,6 +231,7 @@ class FamilyScorer:
         solutions: Sequence[Sequence[str]],
         *,
         batch_tokens: int = 16384,
+        skip_long: bool = False,
     ) -> list[np.ndarray]:
         """Scores of each solution's steps, one pass a solution; see `StepRewardModel.step_scores`.
 
@@ -238,6 +239,7 @@ class FamilyScorer:
             questions: one for each solution.
             solutions: steps as they are, without marks.
             batch_tokens: tokens in one batch, padding included.
+            skip_long: give none for a solution that is longer than the model's context.
 
         Returns:
             For each solution an array [steps] of float32 in [0, 1].
@@ -256,7 +258,7 @@ class FamilyScorer:
         rows = [write(self.tokenizer, self.family, *text) for text in numbers]
         found = score_rows(
             [row.ids for row in rows], lambda batch: self._score([rows[n] for n in batch]),
-            batch_tokens,
+            batch_tokens, context(self.model) if skip_long else None,
         )  # fmt: skip
         return [found[numbers[text]] for text in texts]
 
@@ -303,8 +305,9 @@ def _verdicts(tokenizer: "PreTrainedTokenizerBase") -> StepTokens:
 
 
 def open_scorer(
-    source: str, family: str | None = None, device: "torch.device | str" = "cpu", dtype: Any = None
-) -> StepRewardModel | FamilyScorer:
+    source: str, family: str | None = None, device: "torch.device | str" = "cpu", dtype: Any = None,
+    allow_pickle: bool = False,
+) -> StepRewardModel | FamilyScorer:  # fmt: skip
     """What scores steps with a reward model of this project or a public one.
 
     Args:
@@ -312,6 +315,7 @@ def open_scorer(
         family: one of `FAMILIES`; None for what `mathshepherd` trains.
         device: where it computes.
         dtype: of the base model's weights; the checkpoint's own by default. A head is float32.
+        allow_pickle: load pickles where there are no safetensors files; only plain weights are taken.
 
     Raises:
         ConfigError: there is no such family.
@@ -323,29 +327,33 @@ def open_scorer(
         raise ConfigError(f"--family {family}: is none of {', '.join(FAMILIES)}")
     declared = FAMILIES[family or "math-shepherd"]
     if declared.write is None:
-        return StepRewardModel.load(source, device=device, dtype=dtype)
+        return StepRewardModel.load(source, device=device, dtype=dtype, allow_pickle=allow_pickle)
     folder = model_folder(source)
     tokenizer = load_tokenizer(folder)
-    head = load_head(folder, declared.head) if declared.head else None
+    head = load_head(folder, declared.head, allow_pickle) if declared.head else None
     unused = [rf"^{re.escape(name)}\." for name in declared.head] + [r"^lm_head\."]
     kind, unused = (AutoModel, unused) if head else (AutoModelForCausalLM, [])
-    model: Any = load_model(kind, folder, unused=unused, dtype=dtype or "auto")
+    model: Any = load_model(
+        kind, folder, unused=unused, allow_pickle=allow_pickle, dtype=dtype or "auto"
+    )
     if head is not None and head[0].in_features != model.config.get_text_config().hidden_size:
         raise ModelError(f"{folder}: {declared.head[0]} does not fit the model's hidden states")
     return FamilyScorer(model.to(device).eval(), tokenizer, declared, head and head.to(device))
 
 
-def load_head(source: str, names: Sequence[str]) -> nn.Sequential:
+def load_head(source: str, names: Sequence[str], allow_pickle: bool = False) -> nn.Sequential:
     """Linear layers of a checkpoint with ReLUs between them, in float32.
 
     Args:
         source: folder or hub id.
         names: of the layers in the checkpoint.
+        allow_pickle: as in `load_tensors`.
 
     Raises:
         ModelError: one is missing, or they do not fit together.
     """
-    weights = load_tensors(source, [f"{n}.{part}" for n in names for part in ("weight", "bias")])
+    parts = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+    weights = load_tensors(source, parts, allow_pickle)
     layers: list[nn.Module] = []
     width = None
     for name in names:
@@ -361,39 +369,66 @@ def load_head(source: str, names: Sequence[str]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1]).eval()
 
 
-def load_tensors(source: str, names: Sequence[str]) -> dict[str, Tensor]:
+def load_tensors(
+    source: str, names: Sequence[str], allow_pickle: bool = False
+) -> dict[str, Tensor]:
     """Some weights of a checkpoint by name, from one safetensors file or several with an index.
 
     Args:
         source: folder or hub id.
         names: of the weights.
+        allow_pickle: take them from pickles where there are no such files, as plain weights alone.
 
     Raises:
         ModelError: a file or a weight is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
 
     try:
-        index = _file(source, "model.safetensors.index.json")
-        files = dict.fromkeys(names, "model.safetensors")
-        if index is not None:
-            with open(index, encoding="utf-8") as opened:  # noqa: PTH123 - a path of the library's
-                files = json.load(opened)["weight_map"]
-        found = {}
+        found: dict[str, Tensor] = {}
+        for file in sorted(set(_files_of(source, names, allow_pickle).values())):
+            found |= _read(file, names)
         for name in names:
-            path = _file(source, files[name])
-            if path is None:
-                raise ModelError(f"{source}: has no {files[name]}")
-            with safe_open(path, framework="pt") as opened:
-                if name not in opened.keys():  # noqa: SIM118 - not a mapping
-                    raise KeyError(name)
-                found[name] = opened.get_tensor(name)
+            if name not in found:
+                raise KeyError(name)
     except KeyError as error:
         raise ModelError(f"{source}: has no weight {error}; is it of another --family?") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"{source}: cannot read its weights ({first[:120]})") from None
     return found
+
+
+def _files_of(source: str, names: Sequence[str], allow_pickle: bool) -> dict[str, str]:
+    """The file that each weight is in; safetensors go before pickles."""
+    stems = ["model.safetensors", *(["pytorch_model.bin"] if allow_pickle else [])]
+    for stem in stems:
+        if index := _file(source, f"{stem}.index.json"):
+            with open(index, encoding="utf-8") as opened:  # noqa: PTH123 - a path of the library's
+                weights = json.load(opened)["weight_map"]
+            files = {name: weights[name] for name in names}
+        elif _file(source, stem):
+            files = dict.fromkeys(names, stem)
+        else:
+            continue
+        paths = {name: _file(source, file) for name, file in files.items()}
+        if lost := next((files[name] for name, path in paths.items() if path is None), None):
+            raise ModelError(f"{source}: has no {lost}")
+        return {name: str(path) for name, path in paths.items()}
+    raise ModelError(f"{source}: has no {' nor '.join(stems)}")
+
+
+def _read(file: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """Those of some weights that a file holds."""
+    from safetensors import safe_open
+
+    if file.endswith(".bin"):
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {name: weights[name] for name in names if name in weights}
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in names if name in opened.keys()}  # noqa: SIM118
 
 
 def _file(source: str, name: str) -> str | None:

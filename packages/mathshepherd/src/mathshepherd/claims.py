@@ -139,12 +139,7 @@ def verification_claims(mean: Mapping[str, float], margins: Margins) -> list[Cla
             f"not by more than {margins.near:g} (chains are short; the paper's gap on GSM8K is small)",
             prm >= orm - margins.near,
         ),
-        Claim(
-            "With little data it is better: it learns more from each solution",
-            f"accuracy {mean['few PRM prod']:.3f} (product) against {mean['few ORM']:.3f}",
-            f"by {margins.few:g} or more",
-            mean["few PRM prod"] >= mean["few ORM"] + margins.few,
-        ),
+        few_claim(mean, margins),
         Claim(
             "More candidates do not hurt it",
             f"accuracy {curve[0]:.3f} at 1 to {curve[-1]:.3f} at {sizes[-1]}; "
@@ -153,6 +148,18 @@ def verification_claims(mean: Mapping[str, float], margins: Margins) -> list[Cla
             falls >= -margins.decline,
         ),
     ]
+
+
+def few_claim(mean: Mapping[str, float], margins: Margins) -> Claim:
+    """The claim about little data."""
+    claim = "With little data it is better: it learns more from each solution"
+    if "few ORM" not in mean:
+        return Claim(
+            claim, "", "one seed of this profile does not tell; --profile full runs it", None
+        )
+    prm, orm = mean["few PRM prod"], mean["few ORM"]
+    measured = f"accuracy {prm:.3f} (product) against {orm:.3f}"
+    return Claim(claim, measured, f"by {margins.few:g} or more", prm >= orm + margins.few)
 
 
 def policy_claims(mean: Mapping[str, float], margins: Margins) -> list[Claim]:

@@ -12,7 +12,15 @@ from octavo.rundir import RunDir, options_of
 from octavo.runtime import Runtime
 from octavo.training import TrainOptions
 
-from mathshepherd.config import AnnotateConfig, Engine, PPOConfig, RewardConfig, Sampling, Shaping
+from mathshepherd.config import (
+    AnnotateConfig,
+    Engine,
+    PPOConfig,
+    RewardConfig,
+    Sampling,
+    SearchConfig,
+    Shaping,
+)
 from mathshepherd.steps import StepFormat
 
 app = make_app(
@@ -145,6 +153,52 @@ def annotate(
 
 
 @app.command
+def rules(
+    *,
+    data: list[str],
+    rule: Literal["calculator", "numbers"],
+    out: Path,
+    references: str | None = None,
+    overwrite: bool = False,
+) -> Outcome:
+    """Label steps by a rule instead of rollouts: the paper's baselines, free and without a model.
+
+    Args:
+        data: Solutions; several times for several.
+        rule: calculator checks the notes <<3+4=7>>; numbers asks whether a step's result occurs in a
+            right solution of the same problem.
+        out: Folder of the run; the labelled solutions lie in its `solutions.jsonl`.
+        references: Problems with worked solutions, for numbers; without them the right ones in --data.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    if references and rule != "numbers":
+        raise ConfigError("--references: are for --rule numbers")
+    choice = {"data": data, "rule": rule, "references": references}
+    with RunDir.open(out, options_of(choice), overwrite) as run:
+        tables = stations.rules(run, data, rule, references)
+        return _ended(run, "rules", tables, f"Labelled solutions: {out}")
+
+
+@app.command
+def consensus(*, data: list[str], judge: list[str], out: Path, overwrite: bool = False) -> Outcome:
+    """Keep the labelled solutions whose first bad step a second source of labels confirms.
+
+    Args:
+        data: Labelled solutions, of `annotate`; several times for several.
+        judge: The same solutions with other labels, of `rules`, `convert` or a judge of your own.
+        out: Folder of the run; what both agree on lies in its `solutions.jsonl`.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    with RunDir.open(out, options_of({"data": data, "judge": judge}), overwrite) as run:
+        tables = stations.consensus(run, data, judge)
+        return _ended(run, "consensus", tables, f"Labelled solutions: {out}")
+
+
+@app.command
 def train_prm(
     model: str,
     *,
@@ -216,6 +270,8 @@ def score(
     name: str = "prm",
     family: Literal["math-shepherd", "rlhflow", "skywork", "qwen"] | None = None,
     batch_tokens: int = 16384,
+    skip_long: bool = False,
+    allow_pickle: bool = False,
     overwrite: bool = False,
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
@@ -228,22 +284,75 @@ def score(
         name: Of the scores among others of the same solutions.
         family: Of a public reward model; none for one that was trained here.
         batch_tokens: Tokens in one pass, padding included.
+        skip_long: Give no scores to a solution that is longer than the model's context; it then never
+            wins while another has an answer. Without this it is an error; nothing is ever cut.
+        allow_pickle: Load a checkpoint that is only a pickle, which can run any code.
         overwrite: Start anew where a run already lies.
     """
     from mathshepherd import stations
 
     if batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {batch_tokens}: must be 1 or more")
-    choice = {"model": model, "data": data, "name": name, "family": family, "tokens": batch_tokens}
+    choice = {"model": model, "data": data, "name": name, "family": family, "tokens": batch_tokens,
+              "skip_long": skip_long}  # fmt: skip
     with RunDir.open(out, options_of(runtime, choice), overwrite) as run:
-        tables = stations.score(run, model, data, name, runtime, family, batch_tokens)
+        tables = stations.score(
+            run, model, data, name, runtime, family, batch_tokens, skip_long, allow_pickle
+        )
         return _ended(run, "score", tables, f"Scored solutions: {out}")
+
+
+@app.command
+def search(
+    model: str,
+    *,
+    reward: str,
+    data: str,
+    out: Path,
+    family: Literal["math-shepherd", "rlhflow", "skywork", "qwen"] | None = None,
+    name: str = "prm",
+    shard: str = "1/1",
+    limit: int = 0,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    config: Flat[SearchConfig] = SearchConfig(),
+    sampling: Flat[Sampling] = Sampling(),
+    engine: Flat[Engine] = Engine(),
+    form: Flat[StepFormat] = StepFormat(),
+    runtime: Flat[Runtime] = Runtime(),
+) -> Outcome:
+    """Solve problems step by step, a reward model choosing what to go on from (a small beam search).
+
+    Args:
+        model: Folder or hub id of a generator, or its name on the server.
+        reward: Folder or hub id of a process reward model.
+        data: Problems; graded where they have answers.
+        out: Folder of the run; the solutions lie in its `solutions.jsonl`, each problem's best first.
+        family: Of a public reward model; none for one that was trained here.
+        name: Of the scores in the rows.
+        shard: Which part of the problems, like 1/4; parts are named together where they are read.
+        limit: The first so many problems; 0 for all.
+        allow_pickle: Load a reward model that is only a pickle, which can run any code.
+        overwrite: Start anew where a run already lies.
+    """
+    from mathshepherd import stations
+
+    choice = {"model": model, "reward": reward, "data": data, "family": family, "name": name,
+              "shard": shard, "limit": limit}  # fmt: skip
+    given = options_of(form, sampling, engine, config, runtime, choice)
+    with RunDir.open(out, given, overwrite) as run:
+        tables = stations.search(
+            run, model, reward, data, config, sampling, form, runtime, engine, family, name, limit,
+            shard, allow_pickle,
+        )  # fmt: skip
+        return _ended(run, "search", tables, f"Solutions: {out}")
 
 
 @app.command
 def verify(
     *,
     data: list[str],
+    train_data: list[str] | None = None,
     out: Path | None = None,
     aggregate: tuple[Literal["min", "prod", "mean", "last", "geometric"], ...] = (
         "min", "prod", "mean", "last",
@@ -257,6 +366,7 @@ def verify(
 
     Args:
         data: Scored and graded candidates, of `score`; several times for several.
+        train_data: What the models were trained on; candidates for the same questions are refused.
         out: Folder for the curves and their report; without it they are only printed.
         aggregate: Step scores to a solution's score; several times for several.
         sizes: Numbers of candidates, like 1,4,16; by default 1, 2, 4 and so on.
@@ -268,11 +378,12 @@ def verify(
     from mathshepherd.report import result_report
 
     def found() -> dict[str, Any]:
-        return stations.verify_pool(data, aggregate, sizes, draws, seed)
+        return stations.verify_pool(data, aggregate, sizes, draws, seed, train_data or ())
 
     if out is None:
         return Outcome(found())
-    choice = {"data": data, "aggregate": aggregate, "sizes": sizes, "draws": draws, "seed": seed}
+    choice = {"data": data, "aggregate": aggregate, "sizes": sizes, "draws": draws, "seed": seed,
+              "train_data": train_data}  # fmt: skip
     with RunDir.open(out, options_of(choice), overwrite) as run:
         tables = found()
         outcome = _ended(run, "verify", tables, "")
@@ -431,6 +542,7 @@ def processbench(
     choose_on: str | None = None,
     family: Literal["math-shepherd", "rlhflow", "skywork", "qwen"] | None = None,
     limit: int = 0,
+    allow_pickle: bool = False,
     overwrite: bool = False,
     runtime: Flat[Runtime] = Runtime(),
 ) -> Outcome:
@@ -444,6 +556,7 @@ def processbench(
         choose_on: Subset on which the threshold is chosen instead, by its file's name.
         family: Of a public reward model; none for one that was trained here.
         limit: So many solutions from all over each file; 0 for all.
+        allow_pickle: Load a checkpoint that is only a pickle, which can run any code.
         overwrite: Start anew where a run already lies.
     """
     from mathshepherd import stations
@@ -452,8 +565,9 @@ def processbench(
               "family": family, "limit": limit}  # fmt: skip
     with RunDir.open(out, options_of(runtime, choice), overwrite) as run:
         tables = stations.processbench(
-            run, model, data, runtime, threshold, choose_on, family, limit
-        )
+            run, model, data, runtime, threshold, choose_on, family, limit,
+            allow_pickle=allow_pickle,
+        )  # fmt: skip
         return _ended(run, "processbench", tables, f"Run: {out}")
 
 
@@ -482,6 +596,21 @@ def convert(
     return Outcome(
         stations.convert_rows(data, source, target, out, labels, overwrite), note=f"Rows: {out}"
     )
+
+
+@app.command
+def preset(name: Literal["gsm8k-1.5b", "paper-mistral", "released-prm"], *, out: Path) -> Outcome:
+    """Write a whole run at real size: a script of these commands, and their options to edit.
+
+    Args:
+        name: gsm8k-1.5b: everything with Qwen2.5-Math-1.5B on one GPU; paper-mistral: the published
+            numbers; released-prm: rank candidates with the authors' reward model, without training.
+        out: A new folder, for `run.sh` and a file of options for each of its commands.
+    """
+    from mathshepherd.presets import write_preset
+
+    asked = " ".join(f"{name}=FILE" for name in write_preset(name, out))
+    return Outcome({}, note=f"{asked} bash {out / 'run.sh'}")
 
 
 @app.command

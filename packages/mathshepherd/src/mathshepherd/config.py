@@ -53,6 +53,30 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a reward model guides a search over steps."""
+
+    beams: int = 4
+    """Beginnings that are gone on from."""
+
+    width: int = 4
+    """Ways on from each of them, at every step; beams times width is the N of best-of-N."""
+
+    aggregate: Literal["min", "prod", "mean", "last", "geometric"] = "min"
+    """Step scores to a beginning's score."""
+
+    max_steps: int = 40
+    """Steps of the longest solution."""
+
+    def __post_init__(self) -> None:
+        _check(self, beams=(1, None, False), width=(1, None, False), max_steps=(1, None, False))
+
+    def ways(self, depth: int) -> int:
+        """Ways on from a beginning of so many steps: all there are from the only one at first."""
+        return self.width if depth else self.width * self.beams
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnnotateConfig:
     """How steps are labelled."""
 

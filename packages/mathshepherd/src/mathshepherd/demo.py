@@ -78,7 +78,8 @@ def run_demo(
         for seed, one in zip(seeds, found, strict=True):
             report.heading(f"Seed {seed}")
             for caption, rows in one["tables"].items():
-                report.table(caption, rows)
+                if rows:
+                    report.table(caption, rows)
         for seed, one in zip(seeds, found, strict=True):
             for (caption, rows), draw in zip(one["tables"].items(), FIGURES, strict=False):
                 if draw and rows:

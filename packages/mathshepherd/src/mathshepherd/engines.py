@@ -21,7 +21,7 @@ from mathshepherd.reward_model import model_folder
 
 
 def open_engine(
-    source: str, sampling: Sampling, runtime: Runtime, engine: Engine = Engine()
+    source: str, sampling: Sampling, runtime: Runtime, engine: Engine = Engine(), stop: str = ""
 ) -> Generator:
     """A generator of completions.
 
@@ -30,6 +30,7 @@ def open_engine(
         sampling: how tokens are drawn.
         runtime: device and precision, of a local model.
         engine: which.
+        stop: words to stop at; empty to go on to the end.
 
     Raises:
         ConfigError: the engine's library or address is missing.
@@ -38,13 +39,17 @@ def open_engine(
     from transformers import AutoModelForCausalLM
 
     if engine.engine == "server":
-        return ServerGenerator(engine.server, source, sampling, engine.rows, engine.retries)
+        return ServerGenerator(
+            engine.server, source, sampling, engine.rows, engine.retries, stop=stop
+        )
     folder = model_folder(source)
     if engine.engine == "vllm":
-        return VllmGenerator(folder, sampling, seed=runtime.seed, dtype=runtime.dtype)
+        return VllmGenerator(folder, sampling, stop, seed=runtime.seed, dtype=runtime.dtype)
     device = runtime.start()
     model = load_model(AutoModelForCausalLM, folder, dtype=runtime.torch_dtype())
-    return LocalGenerator(model.to(device).eval(), load_tokenizer(folder), sampling, engine.rows)  # pyright: ignore
+    return LocalGenerator(
+        model.to(device).eval(), load_tokenizer(folder), sampling, engine.rows, stop  # pyright: ignore
+    )  # fmt: skip
 
 
 class VllmGenerator:
@@ -53,6 +58,7 @@ class VllmGenerator:
     Args:
         source: folder or hub id.
         sampling: how tokens are drawn; each completion has a seed of its own.
+        stop: words to stop at; empty to go on to the end.
         options: for `vllm.LLM`, such as `seed`, `dtype` or `tensor_parallel_size`.
 
     Raises:
@@ -60,14 +66,14 @@ class VllmGenerator:
         ModelError: it cannot load the model.
     """
 
-    def __init__(self, source: str, sampling: Sampling, **options: Any) -> None:
+    def __init__(self, source: str, sampling: Sampling, stop: str = "", **options: Any) -> None:
         try:
             import vllm  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ConfigError(
                 "--engine vllm: is not installed; pip install 'mathshepherd[vllm]'"
             ) from None
-        self.vllm, self.sampling = vllm, sampling
+        self.vllm, self.sampling, self.stop = vllm, sampling, stop
         try:
             self.model = vllm.LLM(model=source, enable_prefix_caching=True, **options)
         except (OSError, RuntimeError, ValueError) as error:
@@ -87,7 +93,8 @@ class VllmGenerator:
                 self.vllm.SamplingParams(
                     n=1, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed % 2**31,
                     max_tokens=sampling.max_new_tokens, skip_special_tokens=False,
-                    spaces_between_special_tokens=False,
+                    spaces_between_special_tokens=False, stop=[self.stop] if self.stop else None,
+                    include_stop_str_in_output=bool(self.stop),
                 )
                 for seed in request.seeds
             ]  # fmt: skip
@@ -95,12 +102,16 @@ class VllmGenerator:
             made = iter(self.model.generate(prompts, settings, use_tqdm=False))
         except ValueError as error:
             raise DataError(f"vLLM refuses a text ({_line(error)})") from error
-        return [[_completion(next(made).outputs[0]) for _ in one.seeds] for one in requests]
+        return [
+            [_completion(next(made).outputs[0], self.stop) for _ in one.seeds] for one in requests
+        ]
 
 
-def _completion(output: Any) -> Completion:
-    """One of vLLM's."""
-    return Completion(output.text, output.finish_reason == "stop", len(output.token_ids))
+def _completion(output: Any, stop: str) -> Completion:
+    """One of vLLM's, which tells by what it was stopped: none of the words at the model's end."""
+    stopped = bool(stop) and output.stop_reason == stop
+    finished = output.finish_reason == "stop" and not stopped
+    return Completion(output.text, finished, len(output.token_ids), stopped)
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ class ServerGenerator:
         retries: of a request that fails.
         wait: seconds before the first repetition; twice as long before each further one.
         timeout: seconds that one answer may take.
+        stop: words to stop at; empty to go on to the end. A server that does not tell whether it was
+            at them (as vLLM's does) counts as having been, until it has nothing more to say.
     """
 
     address: str
@@ -124,6 +137,7 @@ class ServerGenerator:
     retries: int = 3
     wait: float = 0.2
     timeout: float = 600
+    stop: str = ""
 
     def __post_init__(self) -> None:
         if not self.address.startswith(("http://", "https://")):
@@ -145,13 +159,22 @@ class ServerGenerator:
         body = {"model": self.model, "prompt": text, "seed": seed % 2**31, "n": 1,
                 "temperature": sampling.temperature, "top_p": sampling.top_p,
                 "max_tokens": sampling.max_new_tokens, "skip_special_tokens": False}  # fmt: skip
+        if self.stop:
+            body["stop"] = [self.stop]
         answer = self._ask(json.dumps(body).encode())
         try:
             content = json.loads(answer)
             choice = content["choices"][0]
             words = choice["text"].split()
             tokens = (content.get("usage") or {}).get("completion_tokens") or len(words)
-            return Completion(choice["text"], choice["finish_reason"] == "stop", int(tokens))
+            text, ended = choice["text"], choice["finish_reason"] == "stop"
+            stopped = (
+                ended and bool(self.stop) and choice.get("stop_reason", self.stop) == self.stop
+            )
+            stopped = stopped and bool(text.strip())
+            return Completion(
+                text + self.stop * stopped, ended and not stopped, int(tokens), stopped
+            )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise ModelError(
                 f"{self.address}: answered no completion: {_line(answer.decode(errors='replace'))}"

@@ -48,12 +48,13 @@ class Size:
         reward: training of the reward models.
         samples: solutions of each problem of the pool.
         candidates: of each test problem.
-        few: labelled solutions in the comparison of PRM and ORM on little data.
+        few: labelled solutions in the comparison of PRM and ORM on little data; 0 for no comparison.
         few_epochs: passes over these.
         truth_prefixes: problems of the pool whose steps get 64 rollouts, to see labels by their number.
         iterations: of reinforcement.
-        hack: iterations of the run with raw rewards, which the monitor must stop.
+        hack: iterations of the run with raw rewards, which the monitor must stop; 0 for no such run.
         tokens: in the longest solution.
+        layers: of the model.
     """
 
     shop: Shop
@@ -71,6 +72,7 @@ class Size:
     iterations: int
     hack: int
     tokens: int
+    layers: int
 
 
 SIZES = {
@@ -78,15 +80,15 @@ SIZES = {
         shop=Shop(events=(3, 4), highest=20, operand=4), demonstrations=2000, pool=500, test=200, dev=80,
         sft=TrainOptions(learning_rate=5e-3, epochs=10, batch_size=64),
         reward=TrainOptions(learning_rate=2e-3, epochs=5, batch_size=32),
-        samples=4, candidates=16, few=150, few_epochs=12,
-        truth_prefixes=40, iterations=4, hack=0, tokens=48,
+        samples=4, candidates=16, few=0, few_epochs=0,
+        truth_prefixes=40, iterations=4, hack=0, tokens=48, layers=2,
     ),
     "full": Size(
         shop=Shop(), demonstrations=3000, pool=1200, test=400, dev=100,
         sft=TrainOptions(learning_rate=4e-3, epochs=10.7, batch_size=64),
         reward=TrainOptions(learning_rate=2e-3, epochs=5, batch_size=32),
         samples=4, candidates=32, few=250, few_epochs=20,
-        truth_prefixes=80, iterations=8, hack=30, tokens=64,
+        truth_prefixes=80, iterations=8, hack=30, tokens=64, layers=3,
     ),
 }  # fmt: skip
 
@@ -123,7 +125,7 @@ class Experiment:
         generator = self.generator()
         labelled, by_rollouts = self.labels(generator)
         scored, curves = self.verification(generator, labelled)
-        few = self.little_data(generator, labelled, scored)
+        few = self.little_data(generator, labelled, scored) if self.size.few else []
         policies, checks = self.reinforcement(generator, labelled)
         page = steps_page(scored[:40], "prm", f"Steps and their scores, seed {self.runtime.seed}")
         write_text(self.folder / "steps.html", page)
@@ -143,7 +145,8 @@ class Experiment:
         folder = self.folder / "sft"
         if not (folder / "model").is_dir():
             rows = [(one.question, one.steps) for one in self.world.demonstrations]
-            model = shop.make_model(self.tokenizer, self.runtime.seed).to(self.device)  # pyright: ignore
+            new = shop.make_model(self.tokenizer, self.runtime.seed, self.size.layers)
+            model = new.to(self.device)  # pyright: ignore
             place = RunDir(folder)
             finetune(model, self.tokenizer, rows, FORMAT, place, self.size.sft, self.runtime)
             stations.save_generator(place, model, self.tokenizer, FORMAT)

@@ -9,12 +9,13 @@ fall otherwise.)
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from octavo.errors import DataError
+from octavo.errors import ConfigError, DataError
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -40,11 +41,13 @@ class Completion:
         text: without the text continued.
         finished: whether it came to an end of its own (the model's end token, not the length limit).
         tokens: how many were made.
+        stopped: whether it stopped at the words that the generator was told to, and ends in them.
     """
 
     text: str
     finished: bool
     tokens: int
+    stopped: bool = False
 
 
 #: Completions of each request, in its seeds' order. Implemented here, in `engines` and by any function.
@@ -78,31 +81,43 @@ class LocalGenerator:
         tokenizer: its own.
         sampling: how tokens are drawn.
         rows: continuations made at once.
+        stop: words to stop at, such as a step's tag; empty to go on to the end.
     """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     sampling: Sampling = field(default_factory=Sampling)
     rows: int = 256
+    stop: str = ""
 
     def __call__(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Completions of each request, in its seeds' order.
 
         Raises:
+            ConfigError: no token holds the words to stop at.
             DataError: a text leaves no room for a token in the model's context.
         """
+        ends = end_tokens(self.model, self.tokenizer)
+        stops = stop_tokens(self.tokenizer, self.stop) if self.stop else frozenset()
         found: list[list[Completion]] = [[] for _ in requests]
         prompts = [encode(self.tokenizer, request.text) for request in requests]
         for batch in _batches(requests, prompts, self.rows):
             made = continue_tokens(
                 self.model, [prompts[n] for n, _ in batch], [seeds for _, seeds in batch],
-                self.sampling, end_tokens(self.model, self.tokenizer),
+                self.sampling, ends | stops,
             )  # fmt: skip
-            texts = iter(self.tokenizer.batch_decode(
-                [one.text_ids for group in made for one in group], skip_special_tokens=False
-            ))  # fmt: skip
+            flat = [one for group in made for one in group]
+            stopped = [one.finished and one.ids[-1] in stops for one in flat]
+            texts = self.tokenizer.batch_decode(
+                [one.ids if at else one.text_ids for one, at in zip(flat, stopped, strict=True)],
+                skip_special_tokens=False,
+            )
+            completions = (
+                Completion(text, one.finished and not at, len(one.ids), at)
+                for text, one, at in zip(texts, flat, stopped, strict=True)
+            )
             for (n, _), group in zip(batch, made, strict=True):
-                found[n] += [Completion(next(texts), one.finished, len(one.ids)) for one in group]
+                found[n] += [next(completions) for _ in group]
         return found
 
 
@@ -120,6 +135,19 @@ def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
     ids = getattr(config, "eos_token_id", None)
     ends: list[Any] = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
     return frozenset(one for one in ends if one is not None)
+
+
+@lru_cache(maxsize=4)
+def stop_tokens(tokenizer: "PreTrainedTokenizerBase", words: str) -> frozenset[int]:
+    """The tokens that hold some words.
+
+    Raises:
+        ConfigError: none does.
+    """
+    texts = tokenizer.batch_decode([[n] for n in range(len(tokenizer))])
+    if found := frozenset(n for n, text in enumerate(texts) if words in text):
+        return found
+    raise ConfigError(f"no token of this model holds {words!r}, where a step would end")
 
 
 def _batches(

@@ -1,14 +1,14 @@
 """How good labels are where the truth is known, and how that changes with the number of rollouts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from octavo.errors import DataError
 
 from mathshepherd.annotate import RolloutStore, prefixes
-from mathshepherd.records import Solution
+from mathshepherd.records import Solution, StepLabels
 
 #: Probabilities nearer to 0 or 1 than this count as this, or a single wrong certainty would cost all.
 CLIP = 0.01
@@ -53,6 +53,45 @@ def _cross_entropy(pairs: Sequence[tuple[float, int]]) -> float:
         share = min(max(share, CLIP), 1 - CLIP)
         total -= math.log(share if true else 1 - share)
     return total / len(pairs)
+
+
+def first_bad(labels: StepLabels) -> int | None:
+    """The first step that is labelled bad; None where none is."""
+    return next((n for n, good in enumerate(labels.hard) if good == 0), None)
+
+
+def agreeing(
+    solutions: Sequence[Solution], judged: Iterable[Solution]
+) -> tuple[list[Solution], dict[str, int]]:
+    """The solutions whose first bad step another source of labels confirms (Zhang et al. 2025).
+
+    Args:
+        solutions: labelled.
+        judged: the same ones with the other source's labels; they are known by question and steps.
+
+    Returns:
+        Those on which both agree, with their own labels, and counts: of all, of those that the other
+        source has not judged, and of those on which they differ.
+
+    Raises:
+        DataError: a solution has no labels, or none is left.
+    """
+    others = {(one.question.strip(), one.steps): one.labels for one in judged if one.labels}
+    counts = {"solutions": len(solutions), "not judged": 0, "differ": 0}
+    kept = []
+    for one in solutions:
+        if one.labels is None:
+            raise DataError(f"{one.key}: has no labels that could be confirmed")
+        other = others.get((one.question.strip(), one.steps))
+        if other is None:
+            counts["not judged"] += 1
+        elif first_bad(one.labels) != first_bad(other):
+            counts["differ"] += 1
+        else:
+            kept.append(one)
+    if not kept:
+        raise DataError(f"both sources of labels agree on no solution ({counts})")
+    return kept, counts | {"kept": len(kept)}
 
 
 def quality_by_rollouts(

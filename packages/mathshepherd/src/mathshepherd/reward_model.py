@@ -84,14 +84,16 @@ class StepRewardModel(nn.Module):
 
     @classmethod
     def load(
-        cls, source: str | Path, *, device: "torch.device | str" = "cpu", dtype: Any = None
-    ) -> "StepRewardModel":
+        cls, source: str | Path, *, device: "torch.device | str" = "cpu", dtype: Any = None,
+        allow_pickle: bool = False,
+    ) -> "StepRewardModel":  # fmt: skip
         """A reward model that `save` wrote, or any causal language model with the default reading.
 
         Args:
             source: folder or hub id; a run's folder holds it in `model`.
             device: where it computes.
             dtype: of its weights; the checkpoint's own by default.
+            allow_pickle: load `pytorch_model.bin` where there is no safetensors file.
 
         Raises:
             ModelError: there is none, or its tokenizer has no single token for the tag or a verdict.
@@ -110,7 +112,9 @@ class StepRewardModel(nn.Module):
             except (ValueError, TypeError, KeyError) as error:
                 raise ModelError(f"{folder}: cannot read its {CARD} ({error})") from None
         tokenizer = load_tokenizer(folder)
-        model = load_model(AutoModelForCausalLM, folder, dtype=dtype or "auto")
+        model = load_model(
+            AutoModelForCausalLM, folder, allow_pickle=allow_pickle, dtype=dtype or "auto"
+        )
         reward = cls(model, tokenizer, reading)
         if reward.head is not None:
             try:
@@ -212,6 +216,7 @@ class StepRewardModel(nn.Module):
         solutions: Sequence[Sequence[str]],
         *,
         batch_tokens: int = 16384,
+        skip_long: bool = False,
     ) -> list[np.ndarray]:
         """Scores of each solution's steps, one pass a solution.
 
@@ -221,6 +226,7 @@ class StepRewardModel(nn.Module):
             questions: one for each solution.
             solutions: steps without tags.
             batch_tokens: tokens in one batch, padding included.
+            skip_long: give none for a solution that is longer than the model's context.
 
         Returns:
             For each solution an array [steps] of float32 in [0, 1]. Of an outcome reward model the
@@ -241,10 +247,11 @@ class StepRewardModel(nn.Module):
         rows = [encode(self.tokenizer, text) for text in numbers]
         counts = dict(zip(texts, map(len, solutions), strict=True))
         found = score_rows(
-            rows, lambda batch: self.score_tokens([rows[n] for n in batch]), batch_tokens
-        )
+            rows, lambda batch: self.score_tokens([rows[n] for n in batch]), batch_tokens,
+            context(self.model) if skip_long else None,
+        )  # fmt: skip
         for text, n in numbers.items():
-            if len(found[n]) != counts[text]:
+            if len(found[n]) != counts[text] and not (skip_long and not len(found[n])):
                 raise ModelError(
                     f"{counts[text]} steps and {len(found[n])} tags: the tokenizer joins "
                     f"{self.reading.form.tag!r} with its neighbours; name another --tag"
@@ -298,6 +305,7 @@ def score_rows(
     rows: Sequence[Sequence[int]],
     score: Callable[[list[int]], Sequence[Tensor]],
     batch_tokens: int = 16384,
+    longest: int | None = None,
 ) -> list[np.ndarray]:
     """Scores of token rows, the longest first, in batches of about equal length.
 
@@ -305,16 +313,19 @@ def score_rows(
         rows: token ids.
         score: of the rows of these numbers.
         batch_tokens: tokens in one batch, padding included.
+        longest: tokens of a row that is scored; None for any.
 
     Returns:
-        An array of float32 for each row.
+        An array of float32 for each row, empty for one that is longer.
 
     Raises:
         ModelError: a score is NaN.
     """
-    found: list[np.ndarray] = [np.empty(0)] * len(rows)
-    with torch.inference_mode(), counter("scoring", len(rows), "solutions") as advance:
-        for batch in token_batches([len(row) for row in rows], batch_tokens):
+    found: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
+    kept = [n for n, row in enumerate(rows) if longest is None or len(row) <= longest]
+    with torch.inference_mode(), counter("scoring", len(kept), "solutions") as advance:
+        for part in token_batches([len(rows[n]) for n in kept], batch_tokens):
+            batch = [kept[k] for k in part]
             for n, one in zip(batch, score(batch), strict=True):
                 found[n] = one.float().cpu().numpy()
             advance(len(batch))
@@ -379,7 +390,7 @@ def two_rows_tell(model: Any, words: StepTokens) -> bool:
 
 
 def score_solutions(
-    scorer: Any, solutions: Sequence[Solution], batch_tokens: int = 16384
+    scorer: Any, solutions: Sequence[Solution], batch_tokens: int = 16384, skip_long: bool = False
 ) -> list[np.ndarray]:
     """Scores of solutions' steps; none for one without steps.
 
@@ -387,8 +398,10 @@ def score_solutions(
         scorer: with `step_scores`, as `StepRewardModel` has it.
         solutions: to be scored.
         batch_tokens: tokens in one batch, padding included.
+        skip_long: give none either for one that is longer than the model's context.
     """
     written = [one for one in solutions if one.steps]
     questions, steps = [one.question for one in written], [one.steps for one in written]
-    scores = iter(scorer.step_scores(questions, steps, batch_tokens=batch_tokens))
+    found = scorer.step_scores(questions, steps, batch_tokens=batch_tokens, skip_long=skip_long)
+    scores = iter(found)
     return [next(scores) if one.steps else np.empty(0, np.float32) for one in solutions]

@@ -5,7 +5,7 @@ What one leaves is what the next takes: a folder of rows (`solutions.jsonl`) or 
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ from mathshepherd.config import (
     PPOConfig,
     RewardConfig,
     Sampling,
+    SearchConfig,
     Shaping,
 )
 from mathshepherd.engines import open_engine
@@ -34,6 +35,7 @@ from mathshepherd.records import (
     ROWS,
     Problem,
     Solution,
+    by_problem,
     key_of,
     load_problems,
     load_solutions,
@@ -48,7 +50,9 @@ from mathshepherd.reward_model import (
     model_folder,
     score_solutions,
 )
+from mathshepherd.rules import by_calculator, by_numbers
 from mathshepherd.sample import sample_solutions
+from mathshepherd.search import beam_search, stop_words
 from mathshepherd.sft import finetune, open_generator, right_solutions, worked
 from mathshepherd.steps import StepFormat, save_format, saved_format
 from mathshepherd.train_rm import train_reward
@@ -142,23 +146,67 @@ def sample(
     problems = shard(problems_of(data, limit), part)
     form = saved_format(model_folder(source), form)
     generator = open_engine(source, sampling, runtime, engine)
+    found = in_parts(
+        run, problems, many(engine),
+        lambda part: sample_solutions(part, generator, form, samples, runtime.seed),
+    )  # fmt: skip
+    return {"Solutions": [sample_row(problems, found)]}
+
+
+def search(
+    run: RunDir, source: str, reward: str, data: str, config: SearchConfig, sampling: Sampling,
+    form: StepFormat, runtime: Runtime, engine: Engine = Engine(), family: str | None = None,
+    name: str = "prm", limit: int = 0, part: str = "1/1", allow_pickle: bool = False,
+) -> Tables:  # fmt: skip
+    """Find solutions by a search over steps that a reward model guides; a killed run goes on."""
+    from mathshepherd.adapters import open_scorer
+
+    alone("search")
+    problems = shard(problems_of(data, limit), part)
+    form = saved_format(model_folder(source), form)
+    device = runtime.start()
+    scorer = open_scorer(reward, family, device, runtime.torch_dtype(), allow_pickle)
+    generator = open_engine(source, sampling, runtime, engine, stop_words(form))
+    found = in_parts(
+        run, problems, many(engine),
+        lambda part: beam_search(part, generator, scorer, config, form, runtime.seed, name=name)[0],
+    )  # fmt: skip
+    each = list(by_problem(found).values())
+    best = [some[0] for some in each]
+    return {"Search": [{
+        "problems": len(problems), "solutions": len(found),
+        "steps": sum(len(one.steps) for one in best) / len(best),
+        "answered": _share(one.predicted is not None for one in best),
+        "best right": _share(one.correct for one in best if one.correct is not None),
+        "some right": _share(
+            any(one.correct for one in some) for some in each if some[0].correct is not None
+        ),
+    }]}  # fmt: skip
+
+
+def in_parts(
+    run: RunDir, problems: Sequence[Problem], size: int,
+    make: Callable[[Sequence[Problem]], list[Solution]],
+) -> list[Solution]:  # fmt: skip
+    """Solutions of problems, so many problems at once, each part on the disk before the next.
+
+    What a killed run has is not made again, but for the last problem, whose rows may not be all.
+    """
     partial = run.path / "partial.jsonl"
     found = unfinished(partial)
-    if rest := len(found) % samples:  # of a problem, when the run was killed
-        found = found[:-rest]
+    if found:
+        found = [one for one in found if one.problem != found[-1].problem]
         write_solutions(partial, found)
-    left = problems[len(found) // samples :]
-    with counter("sampling", len(left), "problems") as advance:
-        size = many(engine)
+    left = problems[len({one.problem for one in found}) :]
+    with counter("solving", len(left), "problems") as advance:
         for start in range(0, len(left), size):
-            chunk = left[start : start + size]
-            made = sample_solutions(chunk, generator, form, samples, runtime.seed)
+            made = make(left[start : start + size])
             append_rows(partial, made)
             found += made
-            advance(len(chunk))
+            advance(len(left[start : start + size]))
     write_solutions(run.path / ROWS, found)
     partial.unlink(missing_ok=True)
-    return {"Solutions": [sample_row(problems, found)]}
+    return found
 
 
 def many(engine: Engine) -> int:
@@ -242,16 +290,56 @@ def label_row(solutions: Sequence[Solution]) -> dict[str, Any]:
 
 
 def truth_tables(
-    solutions: Sequence[Solution], config: AnnotateConfig, store: RolloutStore
+    solutions: Sequence[Solution], config: AnnotateConfig, store: RolloutStore | None = None
 ) -> Tables:
     """Quality of the labels where the truth is known; by number of rollouts where all were made."""
     if not all(one.truth for one in solutions):
         return {}
     tables = {"Quality of the labels": [quality.label_quality(solutions)]}
-    if config.estimation != "hard":
+    if store and config.estimation != "hard":
         counts = [2**k for k in range(20) if 2**k <= config.rollouts]
         tables["Quality by rollouts"] = quality.quality_by_rollouts(solutions, store, counts)
     return tables
+
+
+def rules(
+    run: RunDir, data: Sequence[str], rule: Literal["calculator", "numbers"], references: str | None
+) -> Tables:
+    """Label the steps of solutions by a rule: the paper's baselines, which complete nothing."""
+    solutions = load_solutions(data)
+    known: dict[str, list[str]] = {}
+    if references:
+        known = {one.id: [one.solution] for one in problems_of(references) if one.solution}
+        if not known:
+            raise DataError(f"{references}: no problem has a `solution` to compare with")
+    elif rule == "numbers":
+        for one in solutions:
+            if one.correct and one.finished:
+                known.setdefault(one.problem, []).append("\n".join(one.steps))
+    labelled = []
+    for one in solutions:
+        if rule == "calculator":
+            labelled.append(replace(one, labels=by_calculator(one)))
+        elif one.problem in known:
+            labelled.append(replace(one, labels=by_numbers(one, known[one.problem])))
+    judged = [
+        one for one in labelled if one.labels and any(hard is not None for hard in one.labels.hard)
+    ]
+    if not judged:
+        raise DataError(f"{', '.join(data)}: the rule {rule} has nothing to say of any step")
+    write_solutions(run.path / ROWS, judged)
+    left = {"solutions": len(solutions), "not judged": len(solutions) - len(judged)}
+    return {"Labels": [label_row(judged)], "Left out": [left]} | truth_tables(
+        judged, AnnotateConfig()
+    )
+
+
+def consensus(run: RunDir, data: Sequence[str], judge: Sequence[str]) -> Tables:
+    """Keep the labelled solutions whose first bad step another source of labels confirms."""
+    solutions, judged = load_solutions(data), load_solutions(judge)
+    kept, row = quality.agreeing(solutions, judged)
+    write_solutions(run.path / ROWS, kept)
+    return {"Consensus": [row], "Labels": [label_row(kept)]} | truth_tables(kept, AnnotateConfig())
 
 
 def train(
@@ -279,7 +367,8 @@ def train(
 
 def score(
     run: RunDir, source: str, data: Sequence[str], name: str, runtime: Runtime,
-    family: str | None = None, batch_tokens: int = 16384,
+    family: str | None = None, batch_tokens: int = 16384, skip_long: bool = False,
+    allow_pickle: bool = False,
 ) -> Tables:  # fmt: skip
     """Put a reward model's scores to solutions' steps, under a name."""
     from mathshepherd.adapters import open_scorer
@@ -288,11 +377,16 @@ def score(
     if not name.strip():
         raise ConfigError("--name: name the scores, like prm")
     solutions = load_solutions(data)
-    scorer = open_scorer(source, family, runtime.start(), runtime.torch_dtype())
-    scores = score_solutions(scorer, solutions, batch_tokens)
+    device, dtype = runtime.start(), runtime.torch_dtype()
+    scorer = open_scorer(source, family, device, dtype, allow_pickle)
+    scores = score_solutions(scorer, solutions, batch_tokens, skip_long)
+    long = sum(not len(found) for one, found in zip(solutions, scores, strict=True) if one.steps)
+    if long == sum(bool(one.steps) for one in solutions):
+        raise DataError(f"{', '.join(data)}: every solution is longer than the model's context")
     scored = [with_scores(one, name, found) for one, found in zip(solutions, scores, strict=True)]
     write_solutions(run.path / ROWS, scored)
-    return {"Scores": [verify.position_of_minimum(scored, name)]} | _step_tables(scored, [name])
+    row = verify.position_of_minimum(scored, name) | {"too long": long}
+    return {"Scores": [row]} | _step_tables(scored, [name])
 
 
 def _step_tables(solutions: Sequence[Solution], names: Iterable[str]) -> Tables:
@@ -315,14 +409,40 @@ def methods_of(
     return {f"{name} {how}": (name, how) for name in names for how in aggregates}
 
 
+def apart(source: str, questions: Sequence[str], other: str, seen: Sequence[str]) -> None:
+    """Refuse questions that are to be unseen and are not.
+
+    Raises:
+        DataError: some are in both.
+    """
+    known = {key_of(one) for one in seen}
+    if shared := {key_of(one): one for one in questions if key_of(one) in known}:
+        like = " ".join(next(iter(shared.values())).split())[:60]
+        raise DataError(
+            f"{source}: {len(shared)} of its questions are in {other} too, like {like!r}"
+        )
+
+
+def questions_of(sources: Sequence[str]) -> list[str]:
+    """The questions of rows or of problems."""
+    found: list[str] = []
+    for source in sources:
+        rows = next(iter_rows(_rows(source), {"steps": list | None}), {}).get("steps") is not None
+        read = load_solutions(source) if rows else load_problems(source)
+        found += [one.question for one in read]
+    return found
+
+
 def verify_pool(
     data: Sequence[str], aggregates: Sequence[str], sizes: Sequence[int],
-    draws: int, seed: int,
+    draws: int, seed: int, train_data: Sequence[str] = (),
 ) -> Tables:  # fmt: skip
     """Best-of-N and votes for all N from one pool of scored candidates."""
     if draws < 1:
         raise ConfigError(f"--draws {draws}: must be 1 or more")
     solutions = load_solutions(data)
+    asked = [one.question for one in solutions]
+    apart(", ".join(data), asked, "--train-data", questions_of(train_data))
     methods = methods_of(solutions, aggregates)
     rows = verify.curves(solutions, methods, sizes, draws, seed)
     names = {score for score, _ in methods.values()}
@@ -339,11 +459,9 @@ def ppo(
 
     problems = problems_of(data, limit, known=shaping.answer_weight != 0)
     dev = problems_of(dev_data) if dev_data else []
-    if shared := {key_of(one.question) for one in problems} & {key_of(one.question) for one in dev}:
-        same = next(one.id for one in dev if key_of(one.question) in shared)
-        raise DataError(
-            f"{dev_data}: {len(shared)} of its questions are in --data too, like {same}"
-        )
+    apart(
+        str(dev_data), [one.question for one in dev], "--data", [one.question for one in problems]
+    )
     form = saved_format(model_folder(source), form)
     device = runtime.start()
     model, tokenizer = open_generator(model_folder(source), form)
@@ -362,12 +480,14 @@ def ppo(
 def processbench(
     run: RunDir, source: str, data: Sequence[str], runtime: Runtime, threshold: float | None = None,
     choose_on: str | None = None, family: str | None = None, limit: int = 0, batch_tokens: int = 16384,
+    allow_pickle: bool = False,
 ) -> Tables:  # fmt: skip
     """Score ProcessBench's solutions, or PRMBench's, and find their wrong steps."""
     from mathshepherd import processbench as bench
     from mathshepherd.adapters import open_scorer
 
-    scorer = open_scorer(source, family, runtime.start(), runtime.torch_dtype())
+    device, dtype = runtime.start(), runtime.torch_dtype()
+    scorer = open_scorer(source, family, device, dtype, allow_pickle)
     subsets: dict[str, bench.Subset] = {}
     tables: Tables = {}
     for file in data:
