@@ -1,6 +1,8 @@
 """Public reward models: their layouts in small, scored as their own evaluation code does it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,6 +298,30 @@ def test_heads_lie_in_several_files_and_in_half_precision(made, tmp_path):
     index.write_text("{")
     with pytest.raises(ModelError, match=r"cannot read its weights"):
         open_scorer(str(folder), "qwen")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_pickles_need_the_users_word(name, made, tmp_path):
+    one, folder = made[name], tmp_path / "model"
+    shutil.copytree(one.folder, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"pickle|has no model"):
+        open_scorer(str(folder), name)
+    scorer = open_scorer(str(folder), name, dtype=torch.float32, allow_pickle=True)
+    expected = [one.reference(*pair) for pair in zip(QUESTIONS, SOLUTIONS, strict=True)]
+    same(scorer.step_scores(QUESTIONS, SOLUTIONS), expected)
+
+
+def test_a_pickle_that_is_more_than_weights_is_refused(made, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"v_head.summary.weight": Code()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot read its weights"):
+        load_tensors(str(tmp_path), ["v_head.summary.weight"], allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_may_hold_the_output_matrix_too(tmp_path):

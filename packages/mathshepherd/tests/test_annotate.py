@@ -21,7 +21,7 @@ from mathshepherd.annotate import (
 )
 from mathshepherd.config import AnnotateConfig
 from mathshepherd.generate import Completion, seed_of
-from mathshepherd.quality import label_quality, quality_by_rollouts
+from mathshepherd.quality import agreeing, label_quality, quality_by_rollouts
 from mathshepherd.records import Solution, StepLabels
 from mathshepherd.steps import StepFormat
 from octavo.errors import ConfigError, DataError
@@ -415,3 +415,16 @@ def test_quality_by_rollouts_by_hand():
     assert quality_by_rollouts([replace(one, steps=("a",))], store, [1]) == []
     with pytest.raises(DataError, match="4 completions of a step, and 8 are needed"):
         quality_by_rollouts([one, other], store, [8])
+
+
+def test_consensus_keeps_what_has_the_same_first_bad_step():
+    def labelled(sample, *hard, steps=("a", "b", "c")):
+        return Solution("p", sample, "Q ", steps, "1", labels=StepLabels(hard))
+
+    own = [labelled(0, 1, 0, 1), labelled(1, 1, 1, 1, steps=("x", "y", "z")),
+           labelled(2, 0, 1, 1, steps=("d", "e", "f")), labelled(3, 1, steps=("g",))]  # fmt: skip
+    judge = [labelled(9, 1, 0, 0), labelled(8, 1, None, 1, steps=("x", "y", "z")),
+             labelled(7, 1, 0, 1, steps=("d", "e", "f"))]  # fmt: skip
+    kept, counts = agreeing(own, judge)
+    assert kept == own[:2]
+    assert counts == {"solutions": 4, "not judged": 1, "differ": 1, "kept": 2}

@@ -135,6 +135,46 @@ def test_search_finds_solutions_that_can_be_verified(command, files, generator, 
     assert (code, "--max-steps 0" in err) == (2, True)
 
 
+def test_rules_label_what_rollouts_do(command, loop, tmp_path):
+    rules = ("rules", "--data", loop / "labels", "--rule", "numbers", "--out", tmp_path / "rules")
+    code, out, err = command(*rules, "--json", "--quiet")
+    assert code == 0, err
+    left = json.loads(out)["Left out"][0]
+    judged = load_solutions(tmp_path / "rules")
+    assert len(judged) + left["not judged"] == left["solutions"]
+    right = {one.problem for one in load_solutions(loop / "labels") if one.correct}
+    assert {one.problem for one in judged} == right
+    assert all(one.labels and one.labels.strategy == "numbers" for one in judged)
+    assert all(one.labels and 0 not in one.labels.hard for one in judged if one.correct)
+    both = ("consensus", "--data", loop / "labels", "--judge", tmp_path / "rules")
+    code, out, err = command(*both, "--out", tmp_path / "both", "--json", "--quiet")
+    assert code == 0, err
+    row = json.loads(out)["Consensus"][0]
+    assert row["kept"] == len(load_solutions(tmp_path / "both")) > 0
+    assert row["solutions"] == row["kept"] + row["differ"] + row["not judged"]
+    assert {one.labels for one in load_solutions(tmp_path / "both")} <= {
+        one.labels for one in load_solutions(loop / "labels")
+    }
+
+
+def test_a_long_candidate_is_refused_or_passed_over(command, loop, tmp_path):
+    rows = [json.loads(line) for line in (loop / "candidates" / "solutions.jsonl").open()]
+    long = next(row for row in rows if row.get("predicted"))
+    long["steps"] = ["3 + 4 = 7"] * 200 + long["steps"]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("score", loop / "prm", "--data", file, "--out", tmp_path / "scored", *QUIET)
+    code, _, err = command(*words)
+    assert (code, err.count("\n"), "leave it out" in err) == (2, 1, True)
+    code, out, err = command(*words, "--skip-long", "--json", "--overwrite")
+    assert code == 0, err
+    assert json.loads(out)["Scores"][0]["too long"] == 1
+    scored = load_solutions(tmp_path / "scored")
+    assert [one.scores["prm"] for one in scored if len(one.steps) > 200] == [()]
+    code, _, err = command("verify", "--data", tmp_path / "scored", "--quiet")
+    assert code == 0, err
+
+
 def test_rounds(command, files, generator, tmp_path):
     words = ("rounds", generator, "--data", files / "train.jsonl", "--dev-data", files / "dev.jsonl",
              "--samples", 2, "--rollouts", 2, "--keep-going", "--learning-rate-reward", "1e-3",
@@ -219,6 +259,14 @@ def test_runs_make_one_report(command, loop, tmp_path, visit):
         (("train-prm", "GEN", "--data", "LABELS", "--labels", "soft"), "has no soft labels"),
         (("train-orm", "GEN", "--data", "DEMOS"), "none of"),
         (("train-prm", "GEN", "--data", "LABELS", "--max-length", "5"), "longer than 5"),
+        (("search", "GEN", "--reward", "PRM", "--data", "TRAIN", "--beams", "0"), "--beams 0"),
+        (("search", "GEN", "--reward", "none", "--data", "TRAIN"), "none"),
+        (("rules", "--data", "POOL", "--rule", "calculator"), "nothing to say of any step"),
+        (("rules", "--data", "POOL", "--rule", "numbers", "--references", "TRAIN"), "has a `solution`"),
+        (("rules", "--data", "POOL", "--rule", "calculator", "--references", "TRAIN"), "--references"),
+        (("consensus", "--data", "POOL", "--judge", "LABELS"), "has no labels"),
+        (("consensus", "--data", "LABELS", "--judge", "POOL"), "agree on no solution"),
+        (("verify", "--data", "SCORED", "--train-data", "SCORED"), "in --train-data too"),
         (("score", "PRM", "--data", "POOL", "--name", " "), "--name"),
         (("score", "PRM", "--data", "POOL", "--family", "qwen"), "of another --family"),
         (("verify", "--data", "runs/none"), "runs/none: no such file, nor folder of a run"),

@@ -78,7 +78,7 @@ class Solution:
         labels: by rollouts (`annotate`), or from elsewhere.
         truth: true quality of each step, where it is known (generated problems); it may end with
             the first error, where nobody judged the steps behind that (ProcessBench).
-        scores: of each step, by a reward model's name.
+        scores: of each step, by a reward model's name; none of a solution that it could not read.
     """
 
     problem: str
@@ -223,8 +223,8 @@ def as_text(value: Any) -> str | None:
 
 
 def _numbers(values: Any, count: int, what: str) -> tuple[float, ...]:
-    if not isinstance(values, list) or len(values) != count:
-        raise DataError(f"{what}: must be one number for each of the {count} steps")
+    if not isinstance(values, list) or len(values) not in (0, count):
+        raise DataError(f"{what}: must be one number for each of the {count} steps, or none at all")
     if not all(isinstance(one, int | float) and math.isfinite(one) for one in values):
         raise DataError(f"{what}: one is not a finite number")
     return tuple(float(one) for one in values)

@@ -67,7 +67,10 @@ def make_pools(solutions: Sequence[Solution], methods: Mapping[str, tuple[str, s
                 right[number] |= bool(one.correct)
         scores = {
             name: np.array(
-                [aggregate(np.array(one.scores[score]), how) if one.steps else 0.0 for one in group]
+                [
+                    aggregate(np.array(one.scores[score]), how) if one.scores[score] else 0.0
+                    for one in group
+                ]
             )
             for name, (score, how) in methods.items()
         }
@@ -150,7 +153,7 @@ def _pick(pool: Pool, sets: np.ndarray) -> dict[str, float]:
 
 def position_of_minimum(solutions: Sequence[Solution], score: str) -> dict[str, Any]:
     """Where the lowest step score lies: mostly on the last step means that a PRM has become an ORM."""
-    several = [one for one in solutions if len(one.steps) > 1]
+    several = [one for one in solutions if len(one.scores[score]) > 1]
     places = [int(np.argmin(one.scores[score])) for one in several]
     last = [place == len(one.steps) - 1 for place, one in zip(places, several, strict=True)]
     return {
