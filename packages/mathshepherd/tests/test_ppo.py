@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mathshepherd import ppo, shop
+from mathshepherd.actor import checkpoint_layers
 from mathshepherd.answers import equivalent
 from mathshepherd.config import PPOConfig, Shaping
 from mathshepherd.generate import seed_of
@@ -32,6 +33,8 @@ from octavo import tiny
 from octavo.errors import ConfigError, DataError, ModelError
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime
+from torch import nn
+from transformers.models.llama import modeling_llama
 
 SCRIPT = Path(__file__).with_name("reinforcing.py")
 
@@ -395,6 +398,27 @@ def test_micro_batches_change_nothing(small, tmp_path):
     assert all(largest_change(one, other) < 1e-5 for one, other in pairwise(states))
 
 
+@pytest.mark.parametrize("way", [{}, {"critic": "shared"}, {"lora_rank": 2}])
+def test_activations_computed_twice_change_nothing(small, tmp_path, monkeypatch, way):
+    begun, passes = small.make_policy().state_dict(), {True: 0, False: 0}
+    plain = modeling_llama.LlamaMLP.forward
+
+    def counted(self, *given):
+        passes[on] += torch.is_grad_enabled()
+        return plain(self, *given)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", counted)
+    states = {}
+    for on in (False, True):
+        run = RunDir.open(tmp_path / str(on), {})
+        found = small.train(run, gradient_checkpointing=on, micro_batch_size=4, **way)
+        states[on] = found.policy.state_dict()
+        assert not any("forward" in one.__dict__ for one in found.policy.modules())
+    assert largest_change(begun, states[True]) > 1e-4
+    assert largest_change(states[False], states[True]) < 1e-6
+    assert passes[True] == 2 * passes[False] > 0
+
+
 def test_updates_end_when_the_policy_has_moved_far(small, tmp_path, monkeypatch):
     steps = []
     plain = ppo._Trainer._step
@@ -488,6 +512,8 @@ def test_options_that_do_not_fit(small, run, monkeypatch):
         small.train(run, responses=36, group=2)
     with pytest.raises(ConfigError, match="--dtype float16: reinforcement needs bfloat16"):
         small.train(run, runtime=Runtime(device="cpu", dtype="float16"))
+    with pytest.raises(ConfigError, match="--gradient-checkpointing: does not fit this model"):
+        checkpoint_layers(nn.Linear(1, 1))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "peft", None)
         with pytest.raises(ConfigError, match="--lora-rank: needs peft; pip install"):

@@ -1,5 +1,6 @@
 """A policy and a critic as reinforcement needs them: what they say of given tokens."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +89,29 @@ class Critic(nn.Module):
         states = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         return self.head(states.float()).squeeze(-1)
+
+
+def checkpoint_layers(model: nn.Module, on: bool = True) -> None:
+    """Have layers compute their activations twice where there are gradients, and keep few of them.
+
+    The library's own switch works in training mode alone, where dropout would too.
+
+    Args:
+        model: changed in place.
+        on: or have them keep their activations again.
+
+    Raises:
+        ConfigError: the model has no layers of that kind.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError("--gradient-checkpointing: does not fit this model")
+    for layer in layers:
+        layer.__dict__.pop("forward", None)
+        if on:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @torch.no_grad()

@@ -247,6 +247,9 @@ class PPOConfig:
     lora_rank: int = 0
     """Train an adapter of this rank instead of all weights; the reference is the model without it."""
 
+    gradient_checkpointing: bool = False
+    """Compute activations twice, and keep few of them; changes nothing else."""
+
     @property
     def kl_in_loss(self) -> bool:
         """Whether the divergence is in the loss."""

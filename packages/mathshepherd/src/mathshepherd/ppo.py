@@ -27,7 +27,7 @@ from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, local_rank, rank, seed_everything, world_size
 from torch import Tensor, nn
 
-from mathshepherd.actor import Actor, Critic
+from mathshepherd.actor import Actor, Critic, checkpoint_layers
 from mathshepherd.aggregate import aggregate
 from mathshepherd.answers import equivalent
 from mathshepherd.config import PPOConfig, Shaping
@@ -203,6 +203,9 @@ class _Trainer:
             rate = config.critic_learning_rate or config.learning_rate
             groups.append({"params": list(self.critic.parameters()), "lr": rate})  # pyright: ignore
         self.optimizer: Any = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
+        if config.gradient_checkpointing:
+            for module in filter(None, (self.actor, self.critic)):
+                checkpoint_layers(module)
         if reward is not None:
             reward.to(device).eval().requires_grad_(False)
         if world_size() > 1:
@@ -480,6 +483,8 @@ class _Trainer:
     def finished(self) -> Any:
         """The policy, an adapter merged into it."""
         policy = self._plain(self.actor).model
+        if self.config.gradient_checkpointing:
+            checkpoint_layers(policy, False)
         return (policy.merge_and_unload() if self.config.lora_rank else policy).eval()
 
 
