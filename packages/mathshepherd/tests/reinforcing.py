@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +104,14 @@ def two(folder: Path) -> None:
 
 
 #: What is killed, in its fifth iteration, and what it is compared with.
-KILLED: dict[str, Any] = {
-    "iterations": 6,
-    "monitor_every": 2,
-    "save_every": 2,
-    "micro_batch_size": 4,
+EVERY_TWO = {"iterations": 6, "monitor_every": 2, "save_every": 2, "micro_batch_size": 4}
+KILLED: dict[str, dict[str, Any]] = {
+    "killed": EVERY_TWO,
+    "killed-lora": EVERY_TWO | {"lora_rank": 2},
 }
 
 
-def dies(folder: Path) -> None:
+def dies(name: str, folder: Path) -> None:
     """A run that is killed behind its second checkpoint."""
     plain = RunDir.log
 
@@ -122,7 +121,7 @@ def dies(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     RunDir.log = log
-    train(RunDir.open(folder / "killed", {}), **KILLED)
+    train(RunDir.open(folder / name, {}), **KILLED[name])
 
 
 def leave(code: int) -> None:
@@ -158,8 +157,10 @@ def main(folder: Path) -> None:
         port = free.getsockname()[1]
     children = [start(two, folder, rank, 2, port) for rank in range(2)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(start(dies, folder), 0)[1]))
-    assert codes == [0, 0, -signal.SIGKILL], codes
+    for name in KILLED:
+        child = start(partial(dies, name), folder)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert codes == [0, 0, -signal.SIGKILL, -signal.SIGKILL], codes
 
 
 if __name__ == "__main__":

@@ -314,18 +314,28 @@ def test_two_processes_equal_one(small, elsewhere, run, name):
     assert not (elsewhere / "rank-1").exists()
 
 
-def test_a_killed_run_ends_like_one_that_was_not(small, elsewhere, run):
+@pytest.mark.parametrize("name", ["killed", "killed-lora"])
+def test_a_killed_run_ends_like_one_that_was_not(small, elsewhere, run, name):
     """Bit for bit, though it was killed by the system between two checkpoints."""
-    whole = small.train(run, **small.KILLED)
-    cut = RunDir.open(elsewhere / "killed", {})
+    whole = small.train(run, **small.KILLED[name])
+    cut = RunDir.open(elsewhere / name, {})
     assert cut.resumed
     assert [line["iteration"] for line in cut.metrics() if "iteration" in line] == [1, 2, 3, 4, 5]
-    again = small.train(cut, **small.KILLED)
+    again = small.train(cut, **small.KILLED[name])
     assert largest_change(whole.policy.state_dict(), again.policy.state_dict()) == 0
     assert whole.history == again.history
     assert metrics_of(run.path) == metrics_of(cut.path)
     assert [line.get("iteration") for line in cut.metrics()].count(5) == 1
     assert not math.isinf(sum(line.get("reward") or 0 for line in cut.metrics()))
+
+
+@pytest.mark.parametrize("file", ["last.pt", "best.pt"])
+def test_checkpoints_hold_what_is_trained_alone(small, run, file):
+    small.train(run, lora_rank=2, critic="shared")
+    saved = torch.load(run.path / "checkpoints/ppo" / file, weights_only=True)
+    heads = {"head.weight", "head.bias"}
+    assert heads < saved["actor"].keys()
+    assert all("lora_" in name for name in saved["actor"].keys() - heads)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(small, run):

@@ -114,6 +114,20 @@ def checkpoint_layers(model: nn.Module, on: bool = True) -> None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+def trained_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes: an adapter's and a head's where the others are frozen."""
+    return {name: one.detach() for name, one in module.named_parameters() if one.requires_grad}
+
+
+@torch.no_grad()
+def take_weights(module: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Put back what `trained_weights` gave."""
+    own = trained_weights(module)
+    assert own.keys() == saved.keys(), "they are of another model"
+    for name, weight in saved.items():
+        own[name].copy_(weight)
+
+
 @torch.no_grad()
 def _states_tell(model: Any) -> bool:
     """Whether the output matrix makes a model's logits of its last states (some scale them after)."""

@@ -27,7 +27,13 @@ from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, local_rank, rank, seed_everything, world_size
 from torch import Tensor, nn
 
-from mathshepherd.actor import Actor, Critic, checkpoint_layers
+from mathshepherd.actor import (
+    Actor,
+    Critic,
+    checkpoint_layers,
+    take_weights,
+    trained_weights,
+)
 from mathshepherd.aggregate import aggregate
 from mathshepherd.answers import equivalent
 from mathshepherd.config import PPOConfig, Shaping
@@ -434,7 +440,7 @@ class _Trainer:
         hacked = stopped and last["accuracy"] is None
         if hacked or value < best[1]:
             return best
-        self._write("best.pt", {"actor": self._plain(self.actor).state_dict()})
+        self._write("best.pt", {"actor": trained_weights(self._plain(self.actor))})
         return last["iteration"], value
 
     def restore_best(self) -> None:
@@ -442,15 +448,15 @@ class _Trainer:
         saved = torch.load(
             self._folder() / "best.pt", map_location=self.accelerator.device, weights_only=True
         )
-        self._plain(self.actor).load_state_dict(saved["actor"])
+        take_weights(self._plain(self.actor), saved["actor"])
 
     def save(self, done: int, history: list[dict[str, Any]], best: tuple[int, float]) -> None:
-        """Write everything that the next iteration needs."""
-        content = {"actor": self._plain(self.actor).state_dict(),
+        """Write everything that the next iteration needs, but for weights that stay as they were."""
+        content = {"actor": trained_weights(self._plain(self.actor)),
                    "optimizer": self.optimizer.state_dict(), "done": done, "history": history,
                    "best": list(best), "last": self.last}  # fmt: skip
         if self.critic is not None:
-            content["critic"] = self._plain(self.critic).state_dict()
+            content["critic"] = trained_weights(self._plain(self.critic))
         self._write("last.pt", content)
 
     def resume(self) -> tuple[int, list[dict[str, Any]], tuple[int, float]]:
@@ -460,9 +466,9 @@ class _Trainer:
             self.run.forget(lambda line: "iteration" not in line and "check" not in line)
             return 0, [], (-1, -math.inf)
         saved = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-        self._plain(self.actor).load_state_dict(saved["actor"])
+        take_weights(self._plain(self.actor), saved["actor"])
         if self.critic is not None:
-            self._plain(self.critic).load_state_dict(saved["critic"])
+            take_weights(self._plain(self.critic), saved["critic"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.last, done = saved["last"], saved["done"]
         self.run.forget(
