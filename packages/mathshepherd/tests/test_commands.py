@@ -9,9 +9,11 @@ import sys
 import time
 
 import pytest
+import torch
 from mathshepherd.records import by_problem, load_solutions
 from mathshepherd.reward_model import StepRewardModel
 from octavo.rundir import is_finished
+from safetensors.torch import load_file
 
 QUIET = ("--device", "cpu", "--quiet")
 SHORT = ("--max-new-tokens", "40", *QUIET)
@@ -87,6 +89,32 @@ def test_sft_learns_from_worked_solutions_too(command, files, tmp_path):
     assert code == 0, err
     assert json.loads(out)["Fine-tuning"][0]["solutions"] == 1
     assert (tmp_path / "sft" / "model" / "step_format.json").is_file()
+
+
+def test_adapters_leave_plain_models(command, files, loop, tmp_path):
+    lora, words = ("--lora-rank", "2", *TRAIN), ("--tag", "done", "--numbered=false", "--add-words")
+    data = files / "demonstrations.jsonl"
+    code, _, err = command(
+        "sft", files / "model", "--data", data, "--out", tmp_path / "sft", *lora, *words
+    )
+    assert code == 0, err
+    known = load_file(files / "model" / "model.safetensors")
+    found = load_file(tmp_path / "sft" / "model" / "model.safetensors")
+    assert found.keys() == known.keys()
+    assert len(list((tmp_path / "sft" / "model").glob("adapter*"))) == 0
+    name = "model.embed_tokens.weight"
+    assert torch.equal(found[name][:-1], known[name])
+    assert len(found[name]) == len(known[name]) + 1  # the tag alone is new
+    code, _, err = command(
+        "train-prm", tmp_path / "sft", "--data", loop / "labels", "--out", tmp_path / "prm", *lora
+    )
+    assert code == 0, err
+    reward = StepRewardModel.load(tmp_path / "prm")
+    assert (reward.reading.form.tag, reward.words.tag) == ("done", len(known[name]))
+    code, _, err = command("rft", files / "model", "--data", loop / "pool", "--out",
+                           tmp_path / "rft", *TRAIN, "--lora-rank", "-1")  # fmt: skip
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--lora-rank -1: must be 0 or more" in err
 
 
 def test_rft_keeps_what_the_generator_learnt(command, files, generator, loop, tmp_path):

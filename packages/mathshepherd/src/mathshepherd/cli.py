@@ -48,6 +48,7 @@ def sft(
     out: Path,
     add_words: bool = False,
     max_length: int = 512,
+    lora_rank: int = 0,
     limit: int = 0,
     overwrite: bool = False,
     form: Flat[StepFormat] = StepFormat(),
@@ -62,16 +63,17 @@ def sft(
         out: Folder of the run; the generator lies in its `model`.
         add_words: Add the tag and the verdicts to the tokenizer where they are not one token.
         max_length: Tokens; longer solutions are left out and counted, never cut.
+        lora_rank: Train an adapter of this rank instead of all weights, and merge it; 0 for all weights.
         limit: The first so many rows; 0 for all.
         overwrite: Start anew where a run already lies.
     """
     from mathshepherd import stations
 
     choice = {"model": model, "data": data, "add_words": add_words, "max_length": max_length,
-              "limit": limit}  # fmt: skip
+              "lora_rank": lora_rank, "limit": limit}  # fmt: skip
     with RunDir.open(out, options_of(form, options, runtime, choice), overwrite) as run:
         tables = stations.sft(
-            run, model, data, form, options, runtime, add_words, max_length, limit
+            run, model, data, form, options, runtime, add_words, max_length, limit, lora_rank
         )
         return _ended(run, "sft", tables, f"Generator: {out / 'model'}")
 
@@ -205,6 +207,7 @@ def train_prm(
     data: list[str],
     out: Path,
     readout: Literal["tokens", "head"] = "tokens",
+    lora_rank: int = 0,
     overwrite: bool = False,
     config: Flat[RewardConfig] = RewardConfig(),
     form: Flat[StepFormat] = StepFormat(),
@@ -218,9 +221,12 @@ def train_prm(
         data: Labelled solutions, of `annotate` or `convert`; several times for several.
         out: Folder of the run; the reward model lies in its `model`.
         readout: The two verdict words' logits, or a head of its own.
+        lora_rank: Train an adapter of this rank instead of all weights, and merge it; 0 for all weights.
         overwrite: Start anew where a run already lies.
     """
-    return _train("train-prm", model, data, out, readout, overwrite, config, form, options, runtime)
+    return _train(
+        "train-prm", model, data, out, readout, lora_rank, overwrite, config, form, options, runtime
+    )
 
 
 @app.command
@@ -230,6 +236,7 @@ def train_orm(
     data: list[str],
     out: Path,
     readout: Literal["tokens", "head"] = "tokens",
+    lora_rank: int = 0,
     overwrite: bool = False,
     config: Flat[RewardConfig] = RewardConfig(),
     form: Flat[StepFormat] = StepFormat(),
@@ -243,21 +250,27 @@ def train_orm(
         data: Graded solutions, of `sample`; several times for several.
         out: Folder of the run; the reward model lies in its `model`.
         readout: The two verdict words' logits, or a head of its own.
+        lora_rank: Train an adapter of this rank instead of all weights, and merge it; 0 for all weights.
         overwrite: Start anew where a run already lies.
     """
-    return _train("train-orm", model, data, out, readout, overwrite, config, form, options, runtime)
+    return _train(
+        "train-orm", model, data, out, readout, lora_rank, overwrite, config, form, options, runtime
+    )
 
 
 def _train(
-    command: str, model: str, data: list[str], out: Path, readout: Any, overwrite: bool,
-    config: RewardConfig, form: StepFormat, options: TrainOptions, runtime: Runtime,
+    command: str, model: str, data: list[str], out: Path, readout: Any, lora_rank: int,
+    overwrite: bool, config: RewardConfig, form: StepFormat, options: TrainOptions, runtime: Runtime,
 ) -> Outcome:  # fmt: skip
     from mathshepherd import stations
 
-    choice = {"command": command, "model": model, "data": data, "readout": readout}
+    choice = {"command": command, "model": model, "data": data, "readout": readout,
+              "lora_rank": lora_rank}  # fmt: skip
     with RunDir.open(out, options_of(form, config, options, runtime, choice), overwrite) as run:
         scope = "steps" if command == "train-prm" else "outcome"
-        tables = stations.train(run, model, data, scope, config, options, form, runtime, readout)
+        tables = stations.train(
+            run, model, data, scope, config, options, form, runtime, readout, lora_rank
+        )
         return _ended(run, command, tables, f"Reward model: {out / 'model'}")
 
 
@@ -399,6 +412,7 @@ def rft(
     out: Path,
     sft_data: str | None = None,
     max_length: int = 512,
+    lora_rank: int = 0,
     overwrite: bool = False,
     form: Flat[StepFormat] = StepFormat(),
     options: Flat[TrainOptions] = SFT,
@@ -412,13 +426,17 @@ def rft(
         out: Folder of the run; the generator lies in its `model`.
         sft_data: What the generator was fine-tuned on, to be kept beside them (Yuan et al. 2023).
         max_length: Tokens; longer solutions are left out and counted, never cut.
+        lora_rank: Train an adapter of this rank instead of all weights, and merge it; 0 for all weights.
         overwrite: Start anew where a run already lies.
     """
     from mathshepherd import stations
 
-    choice = {"model": model, "data": data, "sft_data": sft_data, "max_length": max_length}
+    choice = {"model": model, "data": data, "sft_data": sft_data, "max_length": max_length,
+              "lora_rank": lora_rank}  # fmt: skip
     with RunDir.open(out, options_of(form, options, runtime, choice), overwrite) as run:
-        tables = stations.rft(run, model, data, form, options, runtime, max_length, sft_data)
+        tables = stations.rft(
+            run, model, data, form, options, runtime, max_length, sft_data, lora_rank
+        )
         return _ended(run, "rft", tables, f"Generator: {out / 'model'}")
 
 

@@ -38,6 +38,7 @@ from mathshepherd.aggregate import aggregate
 from mathshepherd.answers import equivalent
 from mathshepherd.config import PPOConfig, Shaping
 from mathshepherd.generate import seed_of
+from mathshepherd.lora import merged, narrow, with_adapter
 from mathshepherd.monitor import Alarm, alarm
 from mathshepherd.records import Problem
 from mathshepherd.responses import Responder, Response, gathered
@@ -181,13 +182,11 @@ class _Trainer:
         policy.to(device)
         self.reference = None
         if config.lora_rank:
-            policy = _with_adapter(policy, config.lora_rank)
+            policy = with_adapter(policy, config.lora_rank)
         elif config.kl:
             frozen = copy.deepcopy(policy).eval().requires_grad_(False)
             self.reference = Actor(frozen, False)
-            for part in frozen.modules():
-                if isinstance(part, nn.Linear):  # as autocast would have them at every pass
-                    part.to(runtime.torch_dtype())
+            narrow(frozen, runtime.torch_dtype())
         self.policy = policy.eval()
         self.responder = Responder(
             policy,
@@ -491,7 +490,7 @@ class _Trainer:
         policy = self._plain(self.actor).model
         if self.config.gradient_checkpointing:
             checkpoint_layers(policy, False)
-        return (policy.merge_and_unload() if self.config.lora_rank else policy).eval()
+        return (merged(policy) if self.config.lora_rank else policy).eval()
 
 
 def ppo_loss(
@@ -528,17 +527,6 @@ def ppo_loss(
         loss = loss + config.kl * (apart.exp() - 1 - apart).sum()
     moved = ((-shift).exp() - 1 + shift).sum()
     return loss, torch.stack([policy_loss, value_loss, (entropy * mask).sum(), moved])
-
-
-def _with_adapter(policy: Any, size: int) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ConfigError("--lora-rank: needs peft; pip install 'mathshepherd[lora]'") from None
-    settings = LoraConfig(
-        r=size, lora_alpha=2 * size, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(policy, settings)
 
 
 def _drawn(problems: Sequence[Problem], count: int, iteration: int, seed: int) -> list[Problem]:

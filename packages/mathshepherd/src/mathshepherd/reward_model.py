@@ -139,8 +139,15 @@ class StepRewardModel(nn.Module):
                 save_file(self.head.state_dict(), temporary / HEAD)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """The weights, tied ones once: safetensors, of which checkpoints are made, hold none twice."""
+        """The weights, those that are frozen beneath an adapter left out.
+
+        Tied ones are told once: safetensors, of which checkpoints are made, hold none twice.
+        """
         found = super().state_dict(*args, **options)
+        own = list(self.named_parameters(remove_duplicate=False))
+        if any(one.requires_grad for _, one in own):
+            for name in [name for name, one in own if not one.requires_grad]:
+                del found[name]
         seen: set[int] = set()
         for name, weight in list(found.items()):
             if weight.device.type == "meta" or not weight.numel():
@@ -164,7 +171,7 @@ class StepRewardModel(nn.Module):
             return
         trained, words = weight.requires_grad, [self.words.good, self.words.bad]
         weight.requires_grad_(False)
-        self.rows = nn.Parameter(weight[words].clone())
+        self.rows = nn.Parameter(weight[words].float())
         try:
             yield
         finally:

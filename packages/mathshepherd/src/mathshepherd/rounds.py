@@ -78,7 +78,8 @@ def rounds(
         station("labels", lambda one, policy=policy, place=place: stations.annotate(
             one, policy, [str(place / "pool")], labels, sampling, form, runtime))  # fmt: skip
         station("prm", lambda one, policy=policy, place=place: stations.train(
-            one, policy, [str(place / "labels")], "steps", reward, options, form, runtime))  # fmt: skip
+            one, policy, [str(place / "labels")], "steps", reward, options, form, runtime,
+            lora_rank=config.lora_rank))  # fmt: skip
         station("ppo", lambda one, policy=policy, place=place: stations.ppo(
             one, policy, str(place / "prm"), data, dev_data, config, shaping, form, runtime, limits,
             limit))  # fmt: skip

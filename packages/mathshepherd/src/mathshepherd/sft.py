@@ -13,6 +13,7 @@ from octavo.training import TrainOptions, fit
 from torch import Tensor
 
 from mathshepherd.generate import context
+from mathshepherd.lora import merged, narrow, with_adapter
 from mathshepherd.records import Problem, Solution
 from mathshepherd.steps import StepFormat, StepTokens, add_words
 
@@ -129,6 +130,8 @@ def finetune(
     runtime: Runtime = Runtime(),
     longest: int = 512,
     name: str = "sft",
+    lora_rank: int = 0,
+    new_words: Sequence[int] = (),
 ) -> tuple["PreTrainedModel", int]:
     """Train a model to write solutions; resumes a run that was killed.
 
@@ -142,23 +145,29 @@ def finetune(
         runtime: seed, device, precision.
         longest: tokens; longer solutions are left out, never cut.
         name: of the training within the run.
+        lora_rank: of the adapter that is trained instead of all weights, and merged; 0 for none.
+        new_words: tokens that were added, whose embeddings are trained beside an adapter.
 
     Returns:
         The model in evaluation mode, and how many rows were too long.
 
     Raises:
+        ConfigError: an adapter does not fit the model.
         DataError: a step is blank or holds the tag, or every row is too long.
         ModelError: the training diverged.
     """
     encoded, dropped = encode_all(tokenizer, form, rows, min(longest, context(model)))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     usual = options.batch_size * sum(len(one.ids) - one.start for one in encoded) / len(encoded)
+    if lora_rank:
+        model = with_adapter(model, lora_rank, new_words)
+        narrow(model, runtime.torch_dtype())
     model = fit(
         model, encoded, collate(pad), run, name, options=options, runtime=runtime,  # pyright: ignore
         loss=lambda model, batch: solution_loss(model, batch) / usual,
         lengths=[len(one.ids) for one in encoded],
     )  # fmt: skip
-    return model, dropped
+    return merged(model) if lora_rank else model, dropped
 
 
 def solution_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from octavo.console import counter
 from octavo.data import iter_rows
 from octavo.errors import ConfigError, DataError
-from octavo.models import save_model
+from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir, refuse_existing
 from octavo.runtime import Runtime, world_size
 from octavo.training import TrainOptions, discard_checkpoints
@@ -79,14 +79,15 @@ def problems_of(source: str, limit: int = 0, known: bool = False) -> list[Proble
 
 def sft(
     run: RunDir, source: str, data: str, form: StepFormat, options: TrainOptions, runtime: Runtime,
-    add_words: bool = False, max_length: int = 512, limit: int = 0,
+    add_words: bool = False, max_length: int = 512, limit: int = 0, lora_rank: int = 0,
 ) -> Tables:  # fmt: skip
     """Fine-tune a generator on worked solutions: problems with a `solution`, or rows of steps."""
     form = saved_format(model_folder(source), form)
     rows = shown_rows(data, form)
     return _finetuned(
-        run, source, rows[:limit] if limit else rows, form, options, runtime, add_words, max_length
-    )
+        run, source, rows[:limit] if limit else rows, form, options, runtime, add_words, max_length,
+        lora_rank,
+    )  # fmt: skip
 
 
 def shown_rows(data: str, form: StepFormat) -> list[tuple[str, Sequence[str]]]:
@@ -98,7 +99,7 @@ def shown_rows(data: str, form: StepFormat) -> list[tuple[str, Sequence[str]]]:
 
 def rft(
     run: RunDir, source: str, data: Sequence[str], form: StepFormat, options: TrainOptions,
-    runtime: Runtime, max_length: int = 512, sft_data: str | None = None,
+    runtime: Runtime, max_length: int = 512, sft_data: str | None = None, lora_rank: int = 0,
 ) -> Tables:  # fmt: skip
     """Fine-tune on a generator's own right solutions (rejection sampling), each text once."""
     rows = right_solutions(without_doubles(load_solutions(data)))
@@ -106,7 +107,7 @@ def rft(
         raise DataError(f"{', '.join(data)}: no solution is right: there is nothing to learn")
     form = saved_format(model_folder(source), form)
     rows += shown_rows(sft_data, form) if sft_data else []
-    return _finetuned(run, source, rows, form, options, runtime, False, max_length)
+    return _finetuned(run, source, rows, form, options, runtime, False, max_length, lora_rank)
 
 
 def _rows(source: str) -> str | Path:
@@ -115,11 +116,16 @@ def _rows(source: str) -> str | Path:
 
 def _finetuned(
     run: RunDir, source: str, rows: Sequence[tuple[str, Sequence[str]]], form: StepFormat,
-    options: TrainOptions, runtime: Runtime, add_words: bool, max_length: int,
+    options: TrainOptions, runtime: Runtime, add_words: bool, max_length: int, lora_rank: int,
 ) -> Tables:  # fmt: skip
     runtime.start()
-    model, tokenizer = open_generator(model_folder(source), form, add_words)
-    model, dropped = finetune(model, tokenizer, rows, form, run, options, runtime, max_length)
+    folder = model_folder(source)
+    model, tokenizer = open_generator(folder, form, add_words)
+    new_words = range(len(load_tokenizer(folder)), len(tokenizer))
+    model, dropped = finetune(
+        model, tokenizer, rows, form, run, options, runtime, max_length, lora_rank=lora_rank,
+        new_words=new_words,
+    )  # fmt: skip
     save_generator(run, model, tokenizer, form)
     discard_checkpoints(run, "sft")
     return {
@@ -345,7 +351,7 @@ def consensus(run: RunDir, data: Sequence[str], judge: Sequence[str]) -> Tables:
 def train(
     run: RunDir, source: str, data: Sequence[str], scope: Literal["steps", "outcome"],
     config: RewardConfig, options: TrainOptions, form: StepFormat, runtime: Runtime,
-    readout: Readout = "tokens",
+    readout: Readout = "tokens", lora_rank: int = 0,
 ) -> Tables:  # fmt: skip
     """Train a process (`steps`) or outcome reward model, both from the same start."""
     form = saved_format(model_folder(source), form)
@@ -359,7 +365,7 @@ def train(
     reward = StepRewardModel(
         model, tokenizer, Reading(readout=readout, scope=scope, form=replace(form, plain=False))
     )
-    counts = train_reward(reward, solutions, config, run, options, runtime)
+    counts = train_reward(reward, solutions, config, run, options, runtime, lora_rank=lora_rank)
     reward.save(run.path / "model")
     discard_checkpoints(run, "reward")
     return {"Training": [counts]}

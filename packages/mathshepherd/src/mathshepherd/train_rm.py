@@ -16,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mathshepherd.config import RewardConfig
 from mathshepherd.generate import context, encode
+from mathshepherd.lora import merged, narrow, with_adapter
 from mathshepherd.records import Solution
 from mathshepherd.reward_model import StepRewardModel, pad
 
@@ -98,6 +99,7 @@ def train_reward(
     options: TrainOptions,
     runtime: Runtime = Runtime(),
     name: str = "reward",
+    lora_rank: int = 0,
 ) -> dict[str, int]:
     """Train a reward model in place; resumes a run that was killed.
 
@@ -112,12 +114,15 @@ def train_reward(
         options: the optimisation.
         runtime: seed, device, precision.
         name: of the training within the run.
+        lora_rank: of the adapter that is trained instead of all weights, and merged; 0 for none. The
+            output's rows then stay as they are, while a head is trained.
 
     Returns:
         Counts: solutions trained on, left out since too long, tags, good tags (sum of labels above one
         half).
 
     Raises:
+        ConfigError: an adapter does not fit the model.
         DataError: labels are missing, or nothing is left to train on.
         ModelError: the training diverged.
     """
@@ -151,12 +156,17 @@ def train_reward(
         logits = model(batch["input_ids"], batch["attention_mask"], where)
         return tag_loss(logits.float(), labels[where], config.positive_weight) / usual
 
+    if lora_rank:
+        reward.model = with_adapter(reward.model, lora_rank)
+        narrow(reward.model, runtime.torch_dtype())
     collate = partial(at_tags, tag=reward.words.tag)
     with reward.two_rows_alone():
         fit(
             reward, targets, collate, run, name, options=options, runtime=runtime, loss=loss,  # pyright: ignore
             lengths=[len(target.ids) for target in targets],
         )  # fmt: skip
+    if lora_rank:
+        reward.model = merged(reward.model)
     good = sum(value > 0.5 for value in values)
     return {"solutions": len(targets), "too long": long, "tags": len(values), "good tags": good}
 
