@@ -34,6 +34,7 @@ RUNTIME = Runtime(device="cpu")
 RUNS: dict[str, dict[str, Any]] = {
     "separate": {},
     "shared": {"critic": "shared", "group": 2, "kl_in": "loss"},
+    "lora": {"lora_rank": 2},
 }
 
 

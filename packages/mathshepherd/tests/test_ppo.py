@@ -295,7 +295,7 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["separate", "shared"])
+@pytest.mark.parametrize("name", ["separate", "shared", "lora"])
 def test_two_processes_equal_one(small, elsewhere, run, name):
     found = small.train(run, **small.RUNS[name])
     wanted = found.policy.state_dict()
@@ -329,13 +329,24 @@ def test_a_killed_run_ends_like_one_that_was_not(small, elsewhere, run, name):
     assert not math.isinf(sum(line.get("reward") or 0 for line in cut.metrics()))
 
 
-@pytest.mark.parametrize("file", ["last.pt", "best.pt"])
-def test_checkpoints_hold_what_is_trained_alone(small, run, file):
-    small.train(run, lora_rank=2, critic="shared")
-    saved = torch.load(run.path / "checkpoints/ppo" / file, weights_only=True)
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_checkpoints_hold_what_is_trained_alone(small, run, critic):
+    """With an adapter that is the policy's, the critic's, and the head."""
+    small.train(run, lora_rank=2, critic=critic)
+    last, best = (
+        torch.load(run.path / "checkpoints/ppo" / file, weights_only=True)
+        for file in ("last.pt", "best.pt")
+    )
     heads = {"head.weight", "head.bias"}
-    assert heads < saved["actor"].keys()
-    assert all("lora_" in name for name in saved["actor"].keys() - heads)
+    held = last["critic" if critic == "separate" else "actor"]
+    assert heads < held.keys()
+    assert float(held["head.weight"].abs().max()) > 0
+    names = {*last["actor"], *last.get("critic", ()), *best["actor"]} - heads
+    assert len(names) > 8
+    assert all("lora_" in name for name in names)
+    assert ("critic" in last) == (critic == "separate")
+    count = sum(len(last.get(name, ())) for name in ("actor", "critic"))
+    assert len(last["optimizer"]["state"]) == count
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(small, run):
@@ -364,6 +375,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "outcome": {"scope": "outcome"},
     "bfloat16": {"runtime": Runtime(device="cpu", dtype="bfloat16")},
     "lora": {"lora_rank": 2},
+    "lora, answers, bfloat16": {
+        "lora_rank": 2, "reward": None, "shaping": Shaping(answer_weight=1.0),
+        "runtime": Runtime(device="cpu", dtype="bfloat16"),
+    },
     "lora, shared critic, no kl": {"lora_rank": 2, "critic": "shared", "kl": 0.0},
 }  # fmt: skip
 

@@ -245,7 +245,8 @@ class PPOConfig:
     """Iterations between two checkpoints to resume from."""
 
     lora_rank: int = 0
-    """Train an adapter of this rank instead of all weights; the reference is the model without it."""
+    """Train an adapter of this rank instead of all weights, the critic's too; the reference is the
+    model without it."""
 
     gradient_checkpointing: bool = False
     """Compute activations twice, and keep few of them; changes nothing else."""

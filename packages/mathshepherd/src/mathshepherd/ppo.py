@@ -201,12 +201,20 @@ class _Trainer:
         shared = config.advantage == "gae" and config.critic == "shared"
         self.actor: Any = Actor(policy, shared)
         self.critic: Any = None
-        groups = [{"params": [one for one in self.actor.parameters() if one.requires_grad]}]
+        groups: list[dict[str, Any]] = [{"params": _trained(self.actor)}]
         if config.advantage == "gae" and not shared:
-            begin = reward.model if reward is not None and self.responder.same_tokens else policy
-            self.critic = Critic(copy.deepcopy(begin).float().to(device).requires_grad_(True))
+            judge = reward.model if reward is not None and self.responder.same_tokens else None
+            model = copy.deepcopy(judge or policy).to(device)
+            if not config.lora_rank:
+                model = model.float().requires_grad_(True)
+            elif judge is not None:  # the policy has an adapter already
+                model = with_adapter(model, config.lora_rank)
+            self.critic = Critic(model)
             rate = config.critic_learning_rate or config.learning_rate
-            groups.append({"params": list(self.critic.parameters()), "lr": rate})  # pyright: ignore
+            groups.append({"params": _trained(self.critic), "lr": rate})
+        if config.lora_rank:
+            for module in filter(None, (self.actor, self.critic)):
+                narrow(module, runtime.torch_dtype())
         self.optimizer: Any = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
         if config.gradient_checkpointing:
             for module in filter(None, (self.actor, self.critic)):
@@ -527,6 +535,10 @@ def ppo_loss(
         loss = loss + config.kl * (apart.exp() - 1 - apart).sum()
     moved = ((-shift).exp() - 1 + shift).sum()
     return loss, torch.stack([policy_loss, value_loss, (entropy * mask).sum(), moved])
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [one for one in module.parameters() if one.requires_grad]
 
 
 def _drawn(problems: Sequence[Problem], count: int, iteration: int, seed: int) -> list[Problem]:
