@@ -135,6 +135,23 @@ def test_a_model_learns_and_what_was_too_long_is_told(tmp_path):
     assert all(line["training"] == "sft" for line in run.metrics())
 
 
+def test_solutions_at_once_change_nothing(tmp_path):
+    states = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        run = RunDir.open(tmp_path / str(batch), {})
+        options = TrainOptions(
+            epochs=3, batch_size=batch, accumulate=accumulate, learning_rate=1e-2
+        )
+        rows = [(f"{question} {n}", steps) for n in range(8) for question, steps in ROWS]
+        model, _ = finetune(
+            make_model(), TOKENIZER, rows, shop.FORMAT, run, options, Runtime(device="cpu")
+        )
+        states.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+    begun = torch.cat([weight.flatten() for weight in make_model().parameters()])
+    assert (states[0] - begun).abs().max() > 1e-2
+    assert torch.allclose(*states, atol=1e-5)
+
+
 def test_words_are_added_when_that_is_wanted(tmp_path):
     save_model(tmp_path / "model", make_model(), TOKENIZER)
     form = StepFormat(tag="done", numbered=False)

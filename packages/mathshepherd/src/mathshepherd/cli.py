@@ -29,9 +29,10 @@ app = make_app(
 )
 main = partial(run, app)
 
-#: Training of a generator and of a reward model where nothing else is said.
-SFT = TrainOptions(learning_rate=1e-5, epochs=3, batch_size=32)
-REWARD = TrainOptions(learning_rate=1e-6, epochs=1, batch_size=32)
+#: Training of a generator and of a reward model where nothing else is said: 32 solutions an update,
+#: 8 at once, so that 7B models fit.
+SFT = TrainOptions(learning_rate=1e-5, epochs=3, batch_size=8, accumulate=4)
+REWARD = TrainOptions(learning_rate=1e-6, epochs=1, batch_size=8, accumulate=4)
 
 
 def _ended(run: RunDir, command: str, tables: dict[str, Any], note: str, no: str = "") -> Outcome:
