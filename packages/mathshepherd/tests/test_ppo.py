@@ -247,6 +247,74 @@ def test_what_a_batch_is_made_of(small, run):
     assert found["advantages"][1, 2] == 0
 
 
+@pytest.mark.parametrize(
+    ("truncated", "to_go"),
+    [
+        ("penalty", [[1.0, 0.75], [0.0, -0.5], [0.5, 0.25]]),
+        ("bootstrap", [[1.0, 0.75], [2.5, 2.0], [0.5, 0.25]]),
+        ("drop", [[1.0, 0.75], None, [0.5, 0.25]]),
+    ],
+)
+def test_what_is_cut_off(small, run, truncated, to_go):
+    """Returns by hand: no end pays the penalty, goes on with the critic's value, or is left out."""
+    shaping = Shaping(shaping="raw", missing_penalty=1.0)
+    made = trainer(small, run, small.make_reward(), shaping, kl=0.0, lam=1.0, truncated=truncated)
+    rows = [Response([5], [7, 8], [0, 1], [0.25, 0.75], True, True),
+            Response([5], [7, 8], [0, 1], [0.5, 0.5], None, False, finished=False, behind=1.5),
+            Response([5], [7, 8], [0, 1], [0.25, 1.25], None, False)]  # fmt: skip
+    for one in rows:
+        one.old, one.reference = torch.zeros(2), torch.ones(2)
+        one.values = torch.full((2,), 0.25)
+        one.behind *= truncated == "bootstrap"
+    found = made.batch(rows)
+    kept = [n for n, one in enumerate(to_go) if one is not None]
+    assert found["mask"].all(1).nonzero().flatten().tolist() == kept
+    wanted = torch.tensor([to_go[n] for n in kept])
+    assert torch.allclose(found["returns"][kept], wanted, atol=1e-6)
+    known = wanted - 0.25
+    known = (known - known.mean()) / known.std(correction=0)
+    assert torch.allclose(found["advantages"][kept], known, atol=1e-5)
+    assert found["kl"].tolist() == [-2, -2, -2]  # is told of all
+    assert not found["advantages"][[n for n in range(3) if n not in kept]].any()
+
+
+def test_what_is_left_out_teaches_nothing(small, run):
+    """Updates without a response that was cut off are those of the others alone."""
+    states = []
+    for kept in (slice(3), slice(2), slice(2, 3)):
+        made = trainer(small, run, small.make_reward(), truncated="drop", kl=0.0)
+        rows = sampled(made, small, 2)[:3]
+        made.judge_tokens(rows)
+        rows[0].finished, rows[1].finished, rows[2].finished = True, True, False
+        rows[2].values = rows[2].values + 100
+        rows = rows[kept]
+        told = made._step(range(len(rows)), range(len(rows)), rows, made.batch(rows))
+        states.append(weights_of(made.actor))
+        assert any(told.values()) == (len(rows) > 1)
+    begun = weights_of(trainer(small, run, small.make_reward()).actor)
+    assert largest_change(begun, states[0]) > 1e-5
+    assert largest_change(states[0], states[1]) < 1e-6
+    assert largest_change(begun, states[2]) == 0
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_value_behind_the_end_is_that_of_the_last_state(small, run, critic):
+    made = trainer(small, run, truncated="bootstrap", critic=critic, max_new_tokens=5)
+    rows = sampled(made, small, 8)
+    assert 0 < sum(one.finished for one in rows) < len(rows)
+    head = made.actor.head if critic == "shared" else made.critic.head
+    with torch.no_grad():
+        head.weight.fill_(0.1)
+    made.judge_tokens(rows)
+    for one in rows:
+        ids = torch.tensor([one.prompt + one.ids])
+        states = made.policy(ids, output_hidden_states=True).hidden_states[-1][0].detach()
+        begin = len(one.prompt) - 1
+        assert torch.allclose(one.values, 0.1 * states[begin:-1].sum(-1), atol=1e-5)
+        last = 0.0 if one.finished else 0.1 * float(states[-1].sum())
+        assert one.behind == pytest.approx(last, abs=1e-5)
+
+
 def test_grpo_counts_no_end_without_a_reward(small, run):
     """Without a reward model steps do not count, and without an answer's weight ends do not."""
     made = trainer(small, run, None, Shaping(answer_weight=1.0), advantage="grpo", group=2)
@@ -367,6 +435,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "grpo": {"advantage": "grpo", "group": 4},
     "kl in the loss": {"kl_in": "loss"},
     "no kl": {"kl": 0.0},
+    "bootstrap": {"truncated": "bootstrap"},
+    "drop": {"truncated": "drop", "max_new_tokens": 32},
     "separate critic": {"critic": "separate", "critic_learning_rate": 1e-2},
     "shared critic": {"critic": "shared"},
     "answers": {"reward": None, "shaping": Shaping(answer_weight=1.0)},
@@ -517,6 +587,7 @@ def test_an_early_stop_restores_the_best_policy(small, tmp_path, monkeypatch, ac
         ({"learning_rate": math.nan}, "--learning-rate nan: .*finite"),
         ({"advantage": "rloo"}, "--advantage rloo: compares a --group of 2 or more"),
         ({"advantage": "grpo"}, "--advantage grpo: compares a --group of 2 or more"),
+        ({"truncated": "bootstrap", "advantage": "rloo", "group": 2}, "--truncated bootstrap: needs"),
         ({"responses": 9, "group": 2}, "--responses 9: must be a multiple of --group 2"),
     ],
 )  # fmt: skip

@@ -104,9 +104,9 @@ def test_rewards_of_whole_responses_stand_at_their_last_tokens():
     close(found - 0.25, [[0, 0, 2], [0, 0, 0], [0, -0.5, 0], [0, 0, 1.5]])
 
 
-def slow_gae(rewards, values, gamma, lam):
+def slow_gae(rewards, values, gamma, lam, behind=0.0):
     """The sum of the definition."""
-    ahead = [*values[1:], 0.0]
+    ahead = [*values[1:], behind]
     deltas = [r + gamma * after - now for r, now, after in zip(rewards, values, ahead, strict=True)]
     return [
         sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas)))
@@ -132,11 +132,25 @@ def test_gae_is_its_definition(rows, gamma, lam):
         size = len(row)
         rs, vs = zip(*row, strict=True)
         close(found[n, :size], slow_gae(rs, vs, gamma, lam))
+        further = gae(rewards, values, mask, gamma, lam, torch.arange(float(len(rows))))
+        close(further[n, :size], slow_gae(rs, vs, gamma, lam, n))
+        assert further[n, size:].abs().sum() == 0
         assert found[n, size:].abs().sum() == 0
         everything = gae(rewards, values, mask, gamma, 1.0)[n, :size]
         close(everything, togo[n, :size] - values[n, :size])
         one = gae(rewards, values, mask, gamma, 0.0)[n, :size]
         close(one, rewards[n, :size] + gamma * torch.tensor([*vs[1:], 0.0]) - values[n, :size])
+
+
+def test_gae_goes_on_behind_what_was_cut_off():
+    rewards, values = (
+        torch.tensor([[1.0, 0], [2, 0], [1, 3]]),
+        torch.tensor([[0.5, 9], [1, 9], [2, 1]]),
+    )
+    mask = torch.tensor([[1, 0], [1, 0], [1, 1]]).bool()
+    found = gae(rewards, values, mask, 0.5, 0.5, torch.tensor([0.0, 4, 6]))
+    # 1 - 0.5; 2 + 4 / 2 - 1; 3 + 6 / 2 - 1 = 5, and 1 + 1 / 2 - 2 + 5 / 4
+    close(found, [[0.5, 0], [3, 0], [0.75, 5]])
 
 
 def test_rloo_by_hand():

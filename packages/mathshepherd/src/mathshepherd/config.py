@@ -238,6 +238,11 @@ class PPOConfig:
     max_new_tokens: int = 512
     """Tokens in the longest response."""
 
+    truncated: Literal["penalty", "bootstrap", "drop"] = "penalty"
+    """A response without an end is worth nothing more and pays the missing penalty; or goes on with
+    the critic's value of its last state (bootstrap, of gae alone); or is left out of the updates, if
+    not of the responses that those of its question are compared with (drop)."""
+
     monitor_every: int = 4
     """Iterations between two checks on held-out questions."""
 
@@ -269,6 +274,8 @@ class PPOConfig:
         )  # fmt: skip
         if self.advantage != "gae" and self.group < 2:
             raise ConfigError(f"--advantage {self.advantage}: compares a --group of 2 or more")
+        if self.truncated == "bootstrap" and self.advantage != "gae":
+            raise ConfigError("--truncated bootstrap: needs the critic of --advantage gae")
         if self.responses % self.group:
             raise ConfigError(
                 f"--responses {self.responses}: must be a multiple of --group {self.group}"

@@ -250,7 +250,8 @@ class _Trainer:
         config = self.config
         for start in range(0, len(responses), config.micro_batch_size):
             part = responses[start : start + config.micro_batch_size]
-            ids, mask, places, tokens, _ = self._tensors(part)
+            bootstrap = config.truncated == "bootstrap"
+            ids, mask, places, tokens, _ = self._tensors(part, behind=bootstrap)
             with self.autocast():
                 old, _, values = self._plain(self.actor)(
                     ids, mask, places, tokens, config.temperature
@@ -270,16 +271,23 @@ class _Trainer:
                 one.old, one.reference = old[n, :size].cpu(), reference[n, :size].cpu()
                 if values is not None:
                     one.values = values[n, :size].float().cpu()
+                    if bootstrap and not one.finished:
+                        one.behind = float(values[n, size])
 
     def _plain(self, module: Any) -> Any:
         return self.accelerator.unwrap_model(module)
 
-    def _tensors(self, rows: Sequence[Response]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tokens and mask, where each response's tokens are predicted, these tokens, and their mask."""
+    def _tensors(
+        self, rows: Sequence[Response], behind: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Tokens and mask, where each response's tokens are predicted, these tokens, and their mask.
+
+        With `behind` there is one place more: where a token behind the last one would be predicted.
+        """
         ids, mask = pad([one.prompt + one.ids for one in rows], self.accelerator.device)
         starts = torch.tensor([len(one.prompt) for one in rows], device=ids.device)
         sizes = torch.tensor([len(one.ids) for one in rows], device=ids.device)
-        steps = torch.arange(int(sizes.max()), device=ids.device)
+        steps = torch.arange(int(sizes.max()) + behind, device=ids.device)
         there = steps < sizes[:, None]
         places = (starts[:, None] + steps - 1).clamp(max=ids.shape[1] - 1)
         tokens = ids.gather(1, (places + 1).clamp(max=ids.shape[1] - 1))
@@ -293,11 +301,13 @@ class _Trainer:
         rewards = torch.zeros(len(rows), int(sizes.max()))
         if self.reward is not None:
             rewards = step_rewards(scores, ends, rewards.shape[1], self.shaping)
-        right, answered = [one.right for one in rows], [one.answered for one in rows]
+        goes_on = self.config.truncated == "bootstrap"
+        right = [one.right for one in rows]
+        answered = [one.answered or (goes_on and not one.finished) for one in rows]
         return final_rewards(rewards, sizes, right, answered, self.shaping)
 
     def batch(self, rows: Sequence[Response]) -> dict[str, Tensor]:
-        """What the updates need of all responses: rewards, advantages, returns [rows, length]."""
+        """What the updates need of all responses [rows, length]; the mask is of what they learn from."""
         config = self.config
         sizes = torch.tensor([len(one.ids) for one in rows])
         length = int(sizes.max())
@@ -312,8 +322,10 @@ class _Trainer:
         distance = (old - reference) * mask
         if not config.kl_in_loss:
             rewards = rewards - config.kl * distance
+        finished = torch.tensor([one.finished for one in rows])
+        used = mask & finished[:, None] if config.truncated == "drop" else mask
         found = {
-            "mask": mask,
+            "mask": used,
             "old": old,
             "reference": reference,
             "task": task,
@@ -321,7 +333,8 @@ class _Trainer:
         }
         if config.advantage == "gae":
             values = _padded([one.values for one in rows])
-            advantages = gae(rewards, values, mask, config.gamma, config.lam)
+            behind = torch.tensor([one.behind for one in rows])
+            advantages = gae(rewards, values, mask, config.gamma, config.lam, behind)
             found |= {"values": values, "returns": advantages + values}
         elif config.advantage == "rloo":
             advantages = rloo(rewards, config.group, config.gamma)
@@ -330,7 +343,7 @@ class _Trainer:
             answered = [one.answered for one in rows]
             places = reward_places(ends, sizes, length, answered, self.shaping, scored)
             advantages = grpo(rewards, places, config.group)
-        found["advantages"] = whiten(advantages, mask) if config.advantage != "grpo" else advantages
+        found["advantages"] = whiten(advantages, used) if config.advantage != "grpo" else advantages
         return found
 
     def update(
@@ -361,8 +374,11 @@ class _Trainer:
         batch: dict[str, Tensor],
     ) -> dict[str, float]:
         """One update. Each token of the whole batch counts the same, on whichever process it is."""
+        names = ("policy_loss", "value_loss", "entropy", "moved")
         config, device = self.config, self.accelerator.device
         total = float(batch["mask"][list(chosen)].sum())
+        if not total:  # all were truncated, and left out
+            return dict.fromkeys(names, 0.0)
         sums = torch.zeros(4, device=device)
         parts = [
             mine[a : a + config.micro_batch_size]
@@ -379,7 +395,7 @@ class _Trainer:
                     new, entropy, values = self.actor(ids, mask, places, tokens, config.temperature)
                     if self.critic is not None:
                         values = self.critic(ids, mask, places)
-                loss, found = ppo_loss(new, entropy, values, known, there, config)
+                loss, found = ppo_loss(new, entropy, values, known, known["mask"], config)
                 # processes' gradients are averaged
                 (loss / total * world_size()).backward()
             sums += found.detach()
@@ -392,7 +408,6 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         sums = self.accelerator.reduce(sums) if world_size() > 1 else sums
-        names = ("policy_loss", "value_loss", "entropy", "moved")
         return dict(zip(names, (sums / total).tolist(), strict=True))
 
     def summary(self, rows: Sequence[Response], batch: dict[str, Tensor]) -> dict[str, float]:

@@ -35,6 +35,8 @@ class Response:
         old: log-probability of each token under the policy that sampled it.
         reference: the same under the reference policy.
         values: the critic's, before each token.
+        finished: whether there is an end token.
+        behind: the critic's value of the state behind the last token, where that is asked for.
     """
 
     prompt: list[int]
@@ -46,6 +48,8 @@ class Response:
     old: Tensor = field(default_factory=lambda: torch.empty(0))
     reference: Tensor = field(default_factory=lambda: torch.empty(0))
     values: Tensor = field(default_factory=lambda: torch.empty(0))
+    finished: bool = True
+    behind: float = 0.0
 
 
 @dataclass
@@ -109,7 +113,8 @@ class Responder:
         if not self.form.plain:  # what stands behind the last tag is never scored
             behind = tokens.text_ids[ends[-1] + 1 if ends else 0 :]
             whole = not self.tokenizer.decode(behind).strip()
-        return Response(prompt, tokens.ids, ends, [], right, predicted is not None and whole)
+        answered = predicted is not None and whole
+        return Response(prompt, tokens.ids, ends, [], right, answered, finished=tokens.finished)
 
     def _score(self, problems: Sequence[Problem], responses: Sequence[Response]) -> None:
         """Put the reward model's scores to the responses' steps."""

@@ -113,8 +113,9 @@ def gae(
     mask: Bool[Tensor, "rows length"],
     gamma: float = 1.0,
     lam: float = 0.95,
+    behind: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "rows length"]:
-    """Generalised advantage estimates; the value behind a response's end is 0 (Schulman et al. 2016).
+    """Generalised advantage estimates (Schulman et al. 2016).
 
     Args:
         rewards: of the tokens.
@@ -122,14 +123,15 @@ def gae(
         mask: where there is one.
         gamma: discount.
         lam: lambda.
+        behind: value behind each response's last token; 0 by default.
     """
-    found = torch.zeros_like(rewards)
-    following, ahead = rewards.new_zeros(len(rewards)), rewards.new_zeros(len(rewards))
+    found, ahead = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
+    following = behind = ahead if behind is None else behind
     for place in reversed(range(rewards.shape[1])):
         here = mask[:, place]
         delta = rewards[:, place] + gamma * following - values[:, place]
         ahead = torch.where(here, delta + gamma * lam * ahead, 0.0)
-        following = torch.where(here, values[:, place], 0.0)
+        following = torch.where(here, values[:, place], behind)
         found[:, place] = ahead
     return found
 
@@ -186,5 +188,7 @@ def whiten(
     values: Float[Tensor, "rows length"], mask: Bool[Tensor, "rows length"]
 ) -> Float[Tensor, "rows length"]:
     """Values with mean 0 and deviation 1 over the places that are there; 0 elsewhere."""
+    if not mask.any():
+        return torch.zeros_like(values)
     known = values[mask]
     return torch.where(mask, (values - known.mean()) / (known.std(correction=0) + 1e-8), 0.0)
