@@ -231,7 +231,8 @@ class LLM:
     ):  # fmt: skip
         if "broken" in model:
             raise ValueError("no such\nmodel")
-        self.options = {"model": model, "dtype": dtype, "seed": seed} | kwargs
+        self.options = {"model": model, "dtype": dtype, "seed": seed,
+                        "tensor_parallel_size": tensor_parallel_size} | kwargs  # fmt: skip
         self.asked: list[tuple[dict, SamplingParams]] = []
         LLM.made.append(self)
 
@@ -275,6 +276,7 @@ def test_vllm_gets_one_request_a_completion(vllm):
     ]  # fmt: skip
     (made,) = vllm.made
     assert made.options == {"model": "some/model", "seed": 9, "dtype": "bfloat16",
+                            "tensor_parallel_size": 1, "max_model_len": None,
                             "enable_prefix_caching": True}  # fmt: skip
     assert [params.seed for _, params in made.asked] == [5, seed, 7]
     assert made.asked[0][1] == SamplingParams(
@@ -286,6 +288,13 @@ def test_vllm_gets_one_request_a_completion(vllm):
     generate([Request("<s>two", (2,))])
     assert made.asked[0][0]["prompt_token_ids"] == list(b"<s>two")  # not begun twice
     assert generate([]) == []
+
+
+def test_vllm_is_told_of_devices_and_context(vllm):
+    engine = Engine(engine="vllm", tensor_parallel=2, max_model_len=2048)
+    open_engine("some/model", SAMPLING, Runtime(device="cpu"), engine)
+    (made,) = vllm.made
+    assert (made.options["tensor_parallel_size"], made.options["max_model_len"]) == (2, 2048)
 
 
 def test_what_vllm_refuses_is_told_in_one_line(vllm):
@@ -319,6 +328,13 @@ def test_a_local_model_is_opened():
         ({"server": "http://localhost"}, "go together"),
         ({"engine": "server", "server": "localhost:80/v1"}, "must begin with http:// or https://"),
         ({"engine": "server", "server": "file:///v1"}, "must begin with http"),
+        ({"tensor_parallel": 2}, "--tensor-parallel, --max-model-len: are of --engine vllm alone"),
+        (
+            {"engine": "server", "server": "http://a", "max_model_len": 9},
+            "are of --engine vllm alone",
+        ),
+        ({"engine": "vllm", "tensor_parallel": 0}, "--tensor-parallel 0: must be 1 or more"),
+        ({"engine": "vllm", "max_model_len": -1}, "--max-model-len -1: must be 0 or more"),
         ({"rows": 0}, "--rows 0: must be 1 or more"),
         ({"retries": -1}, "--retries -1: must be 0 or more"),
     ],

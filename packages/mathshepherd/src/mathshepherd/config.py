@@ -46,8 +46,19 @@ class Engine:
     retries: int = 3
     """Times that a request to the server is repeated when it fails."""
 
+    tensor_parallel: int = 1
+    """Devices that vLLM splits the model over."""
+
+    max_model_len: int = 0
+    """Tokens of a text and its completion that vLLM makes room for; 0 for the model's own context."""
+
     def __post_init__(self) -> None:
-        _check(self, rows=(1, None, False), retries=(0, None, False))
+        _check(
+            self, rows=(1, None, False), retries=(0, None, False),
+            tensor_parallel=(1, None, False), max_model_len=(0, None, False),
+        )  # fmt: skip
+        if (self.tensor_parallel, self.max_model_len) != (1, 0) and self.engine != "vllm":
+            raise ConfigError("--tensor-parallel, --max-model-len: are of --engine vllm alone")
         if bool(self.server) != (self.engine == "server"):
             raise ConfigError("--engine server and --server ADDRESS go together")
 

@@ -44,7 +44,10 @@ def open_engine(
         )
     folder = model_folder(source)
     if engine.engine == "vllm":
-        return VllmGenerator(folder, sampling, stop, seed=runtime.seed, dtype=runtime.dtype)
+        return VllmGenerator(
+            folder, sampling, stop, seed=runtime.seed, dtype=runtime.dtype,
+            tensor_parallel_size=engine.tensor_parallel, max_model_len=engine.max_model_len or None,
+        )  # fmt: skip
     device = runtime.start()
     model = load_model(AutoModelForCausalLM, folder, dtype=runtime.torch_dtype())
     return LocalGenerator(
