@@ -302,8 +302,14 @@ def test_the_gradient_of_the_loss(kl_in):
 # Alarms
 
 
-def check(accuracy: float | None, reward: float | None = 1.0, steps=4.0, no_answer=0.0):
-    return {"accuracy": accuracy, "reward": reward, "steps": steps, "no answer": no_answer}
+def check(
+    accuracy: float | None,
+    reward: float | None = 1.0,
+    steps=4.0,
+    no_answer=0.0,
+    **known: float | None,
+) -> dict[str, float | None]:
+    return {"accuracy": accuracy, "reward": reward, "steps": steps, "no answer": no_answer} | known
 
 
 @pytest.mark.parametrize(
@@ -312,6 +318,10 @@ def check(accuracy: float | None, reward: float | None = 1.0, steps=4.0, no_answ
         ([check(0.5), check(0.5, steps=6.1)], "responses grew from 4.0 to 6.1 steps"),
         ([check(0.5, steps=0.0), check(0.5, steps=1.6)], "grew from 0.0"),
         ([check(None), check(None, no_answer=0.2)], "20% of the responses have no answer, 0% at first"),
+        ([check(0.5), check(0.5, **{"kl a token": 0.6})], "is 0.60 nats a token away"),
+        ([check(0.5, entropy=None), check(0.5, entropy=0.4), check(0.5, entropy=0.007)],
+         "entropy fell from 0.4 to 0.007"),
+        ([check(None, entropy=0.4), check(None, entropy=0.0)], "entropy fell from 0.4 to 0"),
         ([check(0.6, 1), check(0.55, 1), check(0.5, 2)],
          "accuracy fell from 0.600 to 0.500 while the reward rose from 1.000 to 2.000"),
         ([check(0.1, None), check(0.6, 1), check(0.5, 2), check(0.4, 3)], "fell from 0.600 to 0.400"),
@@ -327,6 +337,10 @@ def test_alarms(history, words):
     [
         [check(0.5)],
         [check(0.5), check(0.5, steps=6.0)],
+        [check(0.5, entropy=None), check(0.5, entropy=0.4), check(0.5, entropy=0.009)],
+        [check(0.5, entropy=0.4), check(0.6, entropy=0.0)],  # it is sure, and right
+        [check(0.5), check(0.5, **{"kl a token": 0.4})],
+        [check(0.5, entropy=None), check(0.5, entropy=None)],  # nothing was sampled in between
         [check(0.5, no_answer=0.3), check(0.5, no_answer=0.44)],
         [check(0.6, 1), check(0.55, 1), check(0.5, 0.9)],  # the reward falls too
         [check(0.6, 1), check(0.595, 2), check(0.5, 3)],  # too little
@@ -345,4 +359,6 @@ def test_limits_of_alarms():
     assert not alarm(falling, Alarm(checks=3))
     assert not alarm(falling, Alarm(fall=0.2))
     assert not alarm([check(0.5), check(0.5, steps=9.0)], Alarm(steps=3.0))
+    assert alarm([check(0.5), check(0.5, **{"kl a token": 0.4})], Alarm(kl=0.3))
+    assert alarm([check(0.5, entropy=0.4), check(0.5, entropy=0.1)], Alarm(entropy=0.3))
     assert not alarm([check(0.5), check(0.5, no_answer=0.4)], Alarm(no_answer=0.5))

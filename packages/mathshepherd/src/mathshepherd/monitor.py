@@ -15,12 +15,17 @@ class Alarm:
         fall: of accuracy in each that counts.
         steps: factor on the first check's mean steps.
         no_answer: rise of the share of responses without an answer.
+        kl: divergence from the reference in nats a token; in the toy shop runs that learn well stay
+            below 0.04, and hacked ones pass 1.
+        entropy: share of the first known entropy that must be left, unless accuracy has risen.
     """
 
     checks: int = 2
     fall: float = 0.01
     steps: float = 1.5
     no_answer: float = 0.15
+    kl: float = 0.5
+    entropy: float = 0.02
 
 
 def ever_alarmed(history: Sequence[Mapping[str, Any]], limits: Alarm = Alarm()) -> bool:
@@ -33,7 +38,7 @@ def alarm(history: Sequence[Mapping[str, Any]], limits: Alarm = Alarm()) -> str:
 
     Args:
         history: the checks so far, each with `reward`, `steps`, `no answer`, and `accuracy` where
-            answers are known.
+            answers are known, `kl a token` and `entropy` where there was an iteration before.
         limits: when it is.
     """
     first, last = history[0], history[-1]
@@ -42,6 +47,12 @@ def alarm(history: Sequence[Mapping[str, Any]], limits: Alarm = Alarm()) -> str:
     if last["no answer"] - first["no answer"] > limits.no_answer:
         share = f"{last['no answer']:.0%} of the responses have no answer"
         return f"{share}, {first['no answer']:.0%} at first"
+    if (apart := last.get("kl a token") or 0.0) > limits.kl:
+        return f"the policy is {apart:.2f} nats a token away from the reference"
+    known = [one["entropy"] for one in history if one.get("entropy") is not None]
+    gained = last["accuracy"] is not None and last["accuracy"] > first["accuracy"]
+    if known and known[-1] < limits.entropy * known[0] and not gained:
+        return f"the policy's entropy fell from {known[0]:.2g} to {known[-1]:.2g}"
     if len(history) <= limits.checks or last["accuracy"] is None:
         return ""
     recent = history[-limits.checks - 1 :]

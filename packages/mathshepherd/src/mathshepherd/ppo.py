@@ -442,6 +442,7 @@ class _Trainer:
             "iteration": iteration, "accuracy": accuracy, "judged": judged,
             "gap": None if judged is None or accuracy is None else judged - accuracy,
             "reward": float(self.rewards(rows).sum(1).mean()), "kl": self.last.get("kl", 0.0),
+            "kl a token": self.last.get("kl", 0.0) / max(self.last.get("tokens", 1.0), 1.0),
             "entropy": self.last.get("entropy"), "steps": _mean(len(one.ends) for one in rows),
             "tokens": _mean(len(one.ids) for one in rows),
             "no answer": _mean(not one.answered for one in rows),
