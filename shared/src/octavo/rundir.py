@@ -24,7 +24,7 @@ CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl
 
 #: Options that may change when a run is resumed.
 VOLATILE = {"device", "threads", "out", "overwrite", "report-to", "gradient-checkpointing", "rows"}
-VOLATILE |= {"micro-batch-size", "retries", "server"}
+VOLATILE |= {"micro-batch-size", "retries", "tensor-parallel", "server"}
 
 
 @contextmanager

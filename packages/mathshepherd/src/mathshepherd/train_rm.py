@@ -115,7 +115,7 @@ def train_reward(
         runtime: seed, device, precision.
         name: of the training within the run.
         lora_rank: of the adapter that is trained instead of all weights, and merged; 0 for none. The
-            output's rows then stay as they are, while a head is trained.
+            two verdicts' rows, or a head, are trained beside it.
 
     Returns:
         Counts: solutions trained on, left out since too long, tags, good tags (sum of labels above one
