@@ -2,12 +2,14 @@
 
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
@@ -208,6 +210,35 @@ def command(
         return code, out, err
 
     return call
+
+
+@pytest.fixture
+def killed(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Begin a command of the test's package in a process, and have it killed once something is true.
+
+    The process is forked from this one: of its own it would take seconds to import torch.
+    """
+    from octavo.cli import run
+
+    app = importlib.import_module(f"{request.path.parents[1].name}.cli").app
+
+    def work(words: list[str]) -> None:
+        with untraced():
+            sys.exit(run(app, words))
+
+    def kill(*words: Any, once: Callable[[], object]) -> None:
+        line = [str(word) for word in words]
+        process = multiprocessing.get_context("fork").Process(target=work, args=(line,))
+        process.start()
+        deadline = time.monotonic() + 300
+        while not once():
+            assert process.is_alive(), "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+
+    return kill
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """The embedded default shows what it says, and can fail to."""
 
 import json
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
 import pytest
 from anchors import demo, trials, world
-from anchors.cli import app, main
+from anchors.cli import app
 from anchors.compress import compress
 from anchors.demo import judge
 from anchors.reweight import Reweighter
@@ -148,7 +145,7 @@ def make_small(patch):
 
 
 @pytest.mark.untraced
-def test_a_killed_demo_ends_like_one_that_was_not(command, tmp_path, monkeypatch):
+def test_a_killed_demo_ends_like_one_that_was_not(command, killed, tmp_path, monkeypatch):
     """A real process, killed once the first seed's model is saved; its training is not repeated."""
     make_small(monkeypatch)
     whole, cut = tmp_path / "whole", tmp_path / "killed"
@@ -156,13 +153,8 @@ def test_a_killed_demo_ends_like_one_that_was_not(command, tmp_path, monkeypatch
     def line(out):
         return ["demo", "--seeds", "0,1", "--out", str(out), "--device", "cpu", "--quiet"]
 
-    killed = subprocess.Popen([sys.executable, __file__, *line(cut)], stdout=subprocess.DEVNULL)
     first = cut / "seed-0" / "model"
-    while not first.is_dir() and killed.poll() is None:
-        time.sleep(0.05)
-    killed.kill()
-    killed.wait()
-    assert first.is_dir()
+    killed(*line(cut), once=first.is_dir)
     assert not (cut / "claims.json").exists()
     before = (first / "model.safetensors").stat().st_mtime_ns
     # such a model does not pass the gate
@@ -184,8 +176,3 @@ def test_a_model_that_was_not_trained_does_not_pass_the_gate(command, tmp_path, 
     assert command("demo", "--out", out, "--device", "cpu", "--quiet")[0] == 3
     claims = json.loads((out / "claims.json").read_text())["claims"]
     assert [claim["verdict"] for claim in claims] == ["FAIL"] + ["not shown at this size"] * 10
-
-
-if __name__ == "__main__":  # the process that is killed
-    make_small(pytest.MonkeyPatch())
-    sys.exit(main())

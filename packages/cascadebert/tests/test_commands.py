@@ -1,10 +1,6 @@
 import csv
 import gzip
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -251,30 +247,17 @@ def test_a_started_answer_file_of_other_options_is_begun_anew(calibrated, comman
     assert len(answers(out)) == 2
 
 
-def start(*words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "cascadebert", *map(str, words)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def train_words(words, out, *more):
     return ["train", "--model", "scratch:1x16", "--model", "scratch:1x32", "--train-data", words,
             "--out", out, "--alphabet", "char", "--max-length", 16, "--learning-rate", "4e-3",
             "--epochs", 2, "--save-every", 5, *more]  # fmt: skip
 
 
-def test_a_killed_training_goes_on_and_ends_alike(words, command, tmp_path):
+def test_a_killed_training_goes_on_and_ends_alike(words, command, killed, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert command(*train_words(words, whole))[0] == 0
-    process = start(*train_words(words, cut))
-    deadline = time.monotonic() + 300
-    while not list(cut.glob("checkpoints/stage-2/checkpoint-5/trainer_state.json")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    checkpoint = cut / "checkpoints" / "stage-2" / "checkpoint-5"
+    killed(*train_words(words, cut), once=(checkpoint / "trainer_state.json").exists)
     assert (cut / "stage-1").is_dir()
     assert not (cut / "cascade.json").exists()
     code, _, err = command("predict", "--model", cut, "--data", words / "test.jsonl",

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,27 +75,16 @@ def test_longer_words_are_harder(measured, words):
     assert sum(hard) / len(hard) > sum(easy) / len(easy)
 
 
-def test_folds_that_are_done_are_not_computed_again(measured, words, tmp_path):
+def test_folds_that_are_done_are_not_computed_again(measured, words, command, killed, tmp_path):
     """A real process, killed after its second fold."""
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cascadebert", *map(str, difficulty_words(words, out))],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while len(list(out.glob("difficulty/seed-*.json"))) < 2:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    killed(
+        *difficulty_words(words, out),
+        once=lambda: len(list(out.glob("difficulty/seed-*.json"))) >= 2,
+    )
     done = {path: path.stat().st_mtime_ns for path in out.glob("difficulty/seed-*.json")}
     assert not (out / "difficulty" / "difficulty.jsonl").exists()
-    again = subprocess.run(
-        [sys.executable, "-m", "cascadebert", *map(str, difficulty_words(words, out))],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
+    assert command(*difficulty_words(words, out))[0] == 0
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
     for path in sorted(measured.iterdir()):
         assert (out / "difficulty" / path.name).read_bytes() == path.read_bytes()
@@ -204,7 +191,7 @@ def test_two_processes_overwrite_a_run_and_train_what_one_does(
 
 
 @pytest.mark.parametrize(("kind", "killed_in"), [("deebert", "exits"), ("joint", "joint")])
-def test_a_killed_rival_goes_on_and_ends_alike(words, command, tmp_path, kind, killed_in):
+def test_a_killed_rival_goes_on_and_ends_alike(words, command, killed, tmp_path, kind, killed_in):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
     def line(out):
@@ -212,17 +199,8 @@ def test_a_killed_rival_goes_on_and_ends_alike(words, command, tmp_path, kind, k
                 "--exit-epochs", 4, "--out", out]  # fmt: skip
 
     assert command(*line(whole))[0] == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cascadebert", *map(str, line(cut))],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not list(cut.glob(f"checkpoints/{killed_in}/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    checkpoints = f"checkpoints/{killed_in}/checkpoint-*/trainer_state.json"
+    killed(*line(cut), once=lambda: any(cut.glob(checkpoints)))
     assert not (cut / "model").exists()
     code, _, err = command(*line(cut))
     assert code == 0
@@ -397,20 +375,11 @@ def chosen(words, tmp_path_factory):
     return out
 
 
-def test_a_killed_training_keeps_the_same_best_epoch(chosen, words, command, tmp_path):
+def test_a_killed_training_keeps_the_same_best_epoch(chosen, words, command, killed, tmp_path):
     cut = tmp_path / "cut"
     line = train_words(words, cut, "--dev-data", words, "--save-every", 10)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cascadebert", *map(str, line)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not list(cut.glob("checkpoints/stage-1/checkpoint-50/trainer_state.json")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    checkpoint = cut / "checkpoints" / "stage-1" / "checkpoint-50"
+    killed(*line, once=(checkpoint / "trainer_state.json").exists)
     begun = (cut / "dev-rows.json").read_text()
     (cut / "dev-rows.json").write_text(json.dumps(json.loads(begun) | {"hash": "other"}))
     code, _, err = command(*line)

@@ -3,11 +3,6 @@
 import copy
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from typing import Any
 
 import pytest
@@ -200,7 +195,7 @@ def test_bfloat16_trains_with_float32_weights(small, tmp_path):
 
 
 @pytest.mark.untraced
-def test_a_killed_training_ends_like_one_that_was_not(texts, command, tmp_path):
+def test_a_killed_training_ends_like_one_that_was_not(texts, command, killed, tmp_path):
     """A real process, killed by the system once it has saved a checkpoint."""
     words = [
         "train", "--data", str(texts), "--vocabulary", "280",
@@ -209,14 +204,7 @@ def test_a_killed_training_ends_like_one_that_was_not(texts, command, tmp_path):
         "20", "--device", "cpu", "--quiet", "--out",
     ]  # fmt: skip
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "deepseekmoe", *words, str(out)])
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/train/step-*/state.json")):
-        assert process.poll() is None, "it ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    killed(*words, out, once=lambda: any(out.glob("checkpoints/train/step-*/state.json")))
     assert json.loads((out / "environment.json").read_text())["status"] == "running"
     whole = tmp_path / "whole"
     assert [command(*words, place)[0] for place in (out, whole)] == [0, 0]

@@ -2,14 +2,11 @@
 
 import gzip
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from mathshepherd import stations
+from mathshepherd.annotate import annotate
 from mathshepherd.records import by_problem, load_solutions
 from mathshepherd.reward_model import StepRewardModel
 from octavo.rundir import is_finished
@@ -321,26 +318,28 @@ def test_wrong_input_is_one_line(command, files, generator, loop, tmp_path, word
     assert not out.exists()
 
 
-def test_a_killed_annotation_ends_like_one_that_was_not(generator, loop, tmp_path):
+def test_a_killed_annotation_ends_like_one_that_was_not(
+    command, killed, generator, loop, tmp_path, monkeypatch
+):
     """Killed once some completions are on the disk; none of them is made again."""
 
-    def start(out):
-        words = ["annotate", str(generator), "--data", str(loop / "pool"), "--rollouts", "4",
-                 "--estimation", "both", "--out", str(out), *SHORT]  # fmt: skip
-        code = "import sys\nfrom mathshepherd import stations\nplain = stations.label\n"
-        code += "stations.label = lambda *some, **more: plain(*some, **more | {'chunk': 1})\n"
-        code += "from mathshepherd.cli import main\nsys.exit(main())"
-        return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
+    def line(out):
+        return ["annotate", str(generator), "--data", str(loop / "pool"), "--rollouts", "4",
+                "--estimation", "both", "--out", str(out), *SHORT]  # fmt: skip
 
-    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+    def one_by_one(*some, **more):
+        return annotate(*some, **more | {"chunk": 1})
+
+    monkeypatch.setattr(stations, "label", one_by_one)
     store = tmp_path / "killed" / "rollouts.jsonl"
-    while not (store.exists() and store.read_bytes().count(b"\n") > 3) and killed.poll() is None:
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed(
+        *line(tmp_path / "killed"),
+        once=lambda: store.exists() and store.read_bytes().count(b"\n") > 3,
+    )
     assert not (tmp_path / "killed" / "solutions.jsonl").exists()
     before = store.read_text().splitlines()
-    assert (start(tmp_path / "killed").wait(), whole.wait()) == (0, 0)
+    for name in ("killed", "whole"):
+        assert command(*line(tmp_path / name))[0] == 0
     assert store.read_text().splitlines()[: len(before) - 1] == before[:-1]
     for name in ("solutions.jsonl", "rollouts.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

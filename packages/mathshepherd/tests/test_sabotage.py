@@ -91,6 +91,7 @@ def test_labels_by_lot(again):
 def test_completions_that_are_never_right(again, monkeypatch):
     """A step is then good only where the solution's own answer is."""
     one, model, _ = again
+    one.world = replace(one.world, pool=one.world.pool[:100])
     quality = {"false negatives": 0.1, "false positives": 0.1, "CE of soft": 0.5}
     never = partial(annotate, grade=lambda *answer: False)
     monkeypatch.setattr(experiment, "annotate", never)
