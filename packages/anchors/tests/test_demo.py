@@ -137,8 +137,8 @@ def test_the_applications_fail_under_sabotage(finished, monkeypatch):
 
 def make_small(patch):
     """A demo of few and short steps."""
-    patch.setitem(WORLDS, "quick", replace(WORLDS["quick"], steps=40))
-    patch.setitem(demo.PROMPTS, "quick", 20)
+    patch.setitem(WORLDS, "quick", replace(WORLDS["quick"], steps=10))
+    patch.setitem(demo.PROMPTS, "quick", 8)
     patch.setitem(demo.SETS, "quick", 2)
     for name, number in {"TRAINED_ON": 2, "EPOCHS": 2, "TEXTS": 30}.items():
         patch.setattr(trials, name, number)

@@ -11,10 +11,12 @@ import json
 import logging
 import lzma
 import math
+import re
 import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from io import TextIOBase
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin
@@ -338,10 +340,12 @@ def _need(named: Mapping[str, str], columns: Columns, there: Iterable[str], wher
             raise DataError(f"{where}: no column {name!r}; it has {', '.join(names)}")
 
 
+@cache
 def _is_optional(wanted: Any) -> bool:
     return type(None) in get_args(wanted)
 
 
+@cache
 def _kinds(wanted: Any) -> tuple[type, ...]:
     if get_origin(wanted) in (types.UnionType, Union):
         return tuple(kind for kind in get_args(wanted) if kind is not type(None))
@@ -366,7 +370,7 @@ def _typed(value: Any, wanted: Any, where: str, name: str) -> Any:
                 continue
     if isinstance(value, float) and math.isnan(value):
         raise DataError(f"{where}: {name!r} is NaN")
-    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+    if isinstance(value, str) and _HALF_LETTER.search(value):
         raise DataError(f"{where}: {name!r} holds half a character (a lone surrogate)")
     if type(value) in kinds:
         return value
@@ -375,4 +379,5 @@ def _typed(value: Any, wanted: Any, where: str, name: str) -> Any:
     raise DataError(f"{where}: {name!r} must be {expected}, not {type(value).__name__} {shown}")
 
 
+_HALF_LETTER = re.compile("[\ud800-\udfff]")
 _TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
