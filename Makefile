@@ -40,7 +40,7 @@ demo: setup  ## run each package's demo (PACKAGE=name for one, PROFILE=full for 
 
 test: setup  ## run every test in two processes, with line coverage by member
 	@.venv/bin/coverage erase
-	@.venv/bin/coverage run -m pytest -n 2 --dist loadfile && .venv/bin/coverage combine --quiet && \
+	@.venv/bin/coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder && .venv/bin/coverage combine --quiet && \
 	for member in $(notdir $(wildcard shared/src/* packages/*/src/*)); do \
 	  echo "coverage of $$member: $$(.venv/bin/coverage report --include="*/src/$$member/*" \
 	    --format=total) %"; \

@@ -116,6 +116,7 @@ def mistakes(text: str, apps) -> list[str]:
     return found
 
 
+@pytest.mark.untraced
 def test_test_blocks_run(readme, tmp_path, commands_folder):
     done = run_blocks(readme.read_text(encoding="utf-8"), tmp_path, commands_folder)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
