@@ -9,16 +9,16 @@ pytestmark = pytest.mark.realdata
 
 @pytest.mark.untraced
 @pytest.mark.parametrize(
-    ("task", "columns"),
-    [("sst2", ["text_a", None]), ("mrpc", ["text_a", "text_b"])],
+    ("task", "columns", "epochs"),
+    [("sst2", ["text_a", None], 2), ("mrpc", ["text_a", "text_b"], 1)],
 )
-def test_a_cascade_of_real_sentences(data_folder, command, tmp_path, task, columns):
+def test_a_cascade_of_real_sentences(data_folder, command, tmp_path, task, columns, epochs):
     names = ["--text-column", columns[0], *(["--pair-column", columns[1]] if columns[1] else [])]
     run = tmp_path / "run"
     code, _, err = command(
         "train", "--model", "scratch:1x32", "--model", "scratch:2x64", "--out", run,
         "--train-data", data_folder / "glue6" / f"{task}.train.jsonl.gz", "--max-length", 48,
-        "--learning-rate", "2e-3", "--learning-rate", "1e-3", "--epochs", 2, "--vocabulary", 4000,
+        "--learning-rate", "2e-3", "--learning-rate", "1e-3", "--epochs", epochs, "--vocabulary", 4000,
         "--batch-size", 64, *names,
     )  # fmt: skip
     assert code == 0, err

@@ -395,7 +395,7 @@ def demo(
     one gains little, and loses much beside other work.
 
     Args:
-        profile: quick (two or three minutes) or full (a quarter of an hour, with every rival).
+        profile: quick (one or two minutes) or full (a quarter of an hour, with every rival).
         seeds: Seeds to repeat it with; claims are judged on their means, like 0,1,2.
         data: Folder with a pronouncing dictionary (cmudict.dict or .gz), for real words.
         out: Folder of the report.
