@@ -17,7 +17,7 @@ from octavo.runtime import Runtime
 from safetensors.torch import load_file
 
 TINY = Profile(
-    3_000, 800, 1_500, batch_size=32, models={SMALL: (4e-3, 5.0), LARGE: (2e-3, 6.0)}, resplits=5,
+    3_000, 800, 1_500, batch_size=32, models={SMALL: (4e-3, 5.0), LARGE: (2e-3, 4.0)}, resplits=5,
     exit_epochs=2.0,
 )  # fmt: skip
 
