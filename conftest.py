@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import multiprocessing
 import os
 import re
@@ -104,6 +105,15 @@ def pytest_configure(config: pytest.Config) -> None:
         cache = tempfile.TemporaryDirectory(prefix="octavo-cache-")
         os.environ["OCTAVO_CACHE"] = cache.name
         config.add_cleanup(cache.cleanup)
+
+
+@pytest.fixture(autouse=True)
+def plain_loggers() -> None:
+    """Loggers that no command has set up: one of an earlier test may have left them quiet."""
+    for source in SOURCES:
+        logger = logging.getLogger(source.name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
