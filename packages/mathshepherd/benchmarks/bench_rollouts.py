@@ -45,7 +45,7 @@ class Size:
     """
 
     demonstrations: int = 2000
-    problems: int = 8
+    problems: int = 32
     samples: int = 8
     rows: int = 256
     tokens: int = 64

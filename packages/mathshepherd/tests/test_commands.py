@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +61,17 @@ def test_the_files_chain(loop):
     }
     assert "<img" in (loop / "verified" / "report.html").read_text()
     assert StepRewardModel.load(loop / "orm").reading.scope == "outcome"
+
+
+def test_the_readmes_lines_of_python(loop, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "runs").symlink_to(loop)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert names["scores"].shape == (2,)
+    assert ((names["scores"] > 0) & (names["scores"] < 1)).all()
 
 
 def test_a_finished_run_is_not_overwritten(command, files, generator, loop):

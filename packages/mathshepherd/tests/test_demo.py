@@ -1,16 +1,27 @@
 """The embedded default shows what it says, and each claim can fail."""
 
+import copy
 import json
-import subprocess
-import sys
-import time
+import random
+import shutil
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
+from mathshepherd import experiment, ppo
+from mathshepherd.annotate import annotate
 from mathshepherd.claims import judge
 from mathshepherd.cli import app
+from mathshepherd.config import Shaping
+from mathshepherd.experiment import SIZES, Experiment
+from mathshepherd.quality import label_quality
+from mathshepherd.rewards import step_rewards
 from octavo.cli import run
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime
 
-SIZES = (1, 2, 4, 8, 16, 32)
+COUNTS = (1, 2, 4, 8, 16, 32)
 NUMBERS = (
     {
         "SFT greedy": 0.55, "SFT sampled": 0.57, "SFT steps": 4.9, "label accuracy": 0.92,
@@ -20,10 +31,10 @@ NUMBERS = (
         "PPO by outcome greedy": 0.94, "PPO by steps steps": 4.95, "PPO by steps no answer": 0.0,
         "raw stopped": 1.0, "raw stopped at": 12.0, "PPO by steps alarmed": 0.0,
     }
-    | {f"SC @{n}": 0.56 for n in SIZES}
-    | {f"SC + PRM min @{n}": 0.8 for n in SIZES}
-    | {f"PRM min @{n}": 0.57 + 0.06 * k for k, n in enumerate(SIZES)}
-    | {f"ORM @{n}": 0.56 + 0.055 * k for k, n in enumerate(SIZES)}
+    | {f"SC @{n}": 0.56 for n in COUNTS}
+    | {f"SC + PRM min @{n}": 0.8 for n in COUNTS}
+    | {f"PRM min @{n}": 0.57 + 0.06 * k for k, n in enumerate(COUNTS)}
+    | {f"ORM @{n}": 0.56 + 0.055 * k for k, n in enumerate(COUNTS)}
 )  # fmt: skip
 
 
@@ -91,41 +102,140 @@ def test_the_quick_demo_shows_the_claims(finished, command, visit):
     assert "holds a finished run" in err
 
 
-#: A demo of few and short steps, in a process of its own.
-SMALL = """
-import sys
-from dataclasses import replace
-from mathshepherd import experiment
-from mathshepherd.cli import main
-size = experiment.SIZES["quick"]
-experiment.SIZES["quick"] = replace(
-    size, demonstrations=200, pool=48, test=20, dev=8, candidates=4, few=24, few_epochs=1,
-    truth_prefixes=4, iterations=1, sft=replace(size.sft, epochs=16, batch_size=16),
-    reward=replace(size.reward, epochs=1),
-)
-experiment.REINFORCE = replace(experiment.REINFORCE, responses=8, batch_size=8)
-sys.exit(main())
-"""
-
-
-def test_a_killed_demo_ends_like_one_that_was_not(tmp_path):
+@pytest.mark.untraced
+def test_a_killed_demo_ends_like_one_that_was_not(tmp_path, killed, monkeypatch):
     """Killed once the first seed's generator is saved; its training is not repeated."""
+    size = SIZES["quick"]
+    monkeypatch.setitem(SIZES, "quick", replace(
+        size, demonstrations=200, pool=48, test=20, dev=8, candidates=4, truth_prefixes=4,
+        iterations=1, layers=1, sft=replace(size.sft, epochs=16, batch_size=16),
+        reward=replace(size.reward, epochs=1),
+    ))  # fmt: skip
+    small = replace(experiment.REINFORCE, responses=8, batch_size=8)
+    monkeypatch.setattr(experiment, "REINFORCE", small)
 
-    def start(out):
-        words = ["demo", "--seeds", "0,1", "--out", str(out), "--device", "cpu", "--quiet"]
-        return subprocess.Popen([sys.executable, "-c", SMALL, *words], stdout=subprocess.DEVNULL)
+    def words(out):
+        return ["demo", "--seeds", "0,1", "--out", str(out), "--device", "cpu", "--quiet"]
 
-    whole = start(tmp_path / "whole")
-    killed = start(tmp_path / "killed")
-    first = tmp_path / "killed" / "seed-0" / "sft" / "model"
-    while not first.is_dir() and killed.poll() is None:
-        time.sleep(0.02)
-    killed.kill()
-    killed.wait()
-    assert not (tmp_path / "killed" / "claims.json").exists()
+    whole, other = tmp_path / "whole", tmp_path / "killed"
+    first = other / "seed-0" / "sft" / "model"
+    killed(*words(other), once=first.is_dir)
+    assert not (other / "claims.json").exists()
     before = (first / "model.safetensors").stat().st_mtime_ns
-    again = start(tmp_path / "killed")
-    assert (again.wait(), whole.wait()) == (3, 3)  # such a generator does not pass the gate
+    codes = [run(app, words(out)) for out in (other, whole)]
+    assert codes == [3, 3]  # such a generator does not pass the gate
     assert (first / "model.safetensors").stat().st_mtime_ns == before
     for name in ("seed-0.json", "seed-1.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (other / name).read_bytes() == (whole / name).read_bytes()
+
+
+# With a key step taken out, the claims must fail: they measure the method and not the task. On the quick
+# demo's sizes and seed, at which nothing fails untampered, what each claim is about is repeated with
+# labels drawn by lot, scores of nothing, or rewards that know nothing.
+
+LABEL = "Rollouts label steps well (hard estimate, N = 8)"
+TELL = "The process reward model tells good steps from bad ones"
+BEST = "Best of 16 by the process reward model beats self-consistency"
+OUTCOME = "Best of 16 by the outcome reward model beats self-consistency"
+PPO = "Step-by-step PPO improves it more"
+
+#: What the rest of a demo would give.
+REST = {
+    "FN 1": 0.4, "FN 8": 0.1, "FP 1": 0.03, "FP 32": 0.06, "CE 1": 1.9, "CE 32": 0.7,
+    "share of plain": 0.4, "few PRM prod": 0.75, "few ORM": 0.7, "RFT greedy": 0.7,
+    "right solutions alone greedy": 0.9, "PPO by steps greedy": 0.95, "PPO by outcome greedy": 0.94,
+    "PPO by steps steps": 3.5, "PPO by steps no answer": 0.0,
+}  # fmt: skip
+
+SCORED = {"SFT sampled": 0.6, "PRM AUC": 1.0, "PRM accuracy": 1.0} | {
+    f"{name} @{n}": 0.5 for name in ("SC", "ORM", "PRM min", "SC + PRM min") for n in (1, 16)
+}
+
+
+@pytest.fixture(scope="module")
+def trained(finished, tmp_path_factory):
+    """The quick demo's experiment up to its labels, with its own generator."""
+    _, out = finished
+    folder = tmp_path_factory.mktemp("sabotage")
+    shutil.copytree(out / "seed-0" / "sft", folder / "seed-0" / "sft")
+    size = replace(SIZES["quick"], truth_prefixes=4)
+    one = Experiment(RunDir(folder), size, Runtime(device="cpu"))
+    model = one.generator()
+    labelled, _ = one.labels(model)
+    return one, model, labelled
+
+
+@pytest.fixture
+def again(trained):
+    """The experiment with numbers of its own."""
+    one, model, labelled = trained
+    one = copy.copy(one)
+    one.numbers = dict(one.numbers)
+    return one, model, labelled
+
+
+def failed(one):
+    return {claim.claim for claim in judge([REST | one.numbers]) if claim.passed is False}
+
+
+def steps(one):
+    size = one.size
+    return replace(experiment.REINFORCE, iterations=size.iterations, max_new_tokens=size.tokens)
+
+
+@pytest.mark.untraced
+def test_labels_by_lot(again):
+    """Each solution gets the labels of another one of as many steps."""
+    one, model, labelled = again
+    draw, by_length = random.Random(0), {}
+    for solution in labelled:
+        by_length.setdefault(len(solution.steps), []).append((solution.labels, solution.correct))
+    for some in by_length.values():
+        draw.shuffle(some)
+    shuffled = []
+    for solution in labelled:
+        labels, correct = by_length[len(solution.steps)].pop()
+        shuffled.append(replace(solution, labels=labels, correct=correct))
+    one.numbers["label accuracy"] = label_quality(shuffled)["accuracy"]
+    one.verification(model, shuffled)
+    assert failed(one) >= {LABEL, TELL, BEST, OUTCOME}
+
+
+@pytest.mark.untraced
+def test_completions_that_are_never_right(again, monkeypatch):
+    """A step is then good only where the solution's own answer is."""
+    one, model, _ = again
+    one.world = replace(one.world, pool=one.world.pool[:100])
+    quality = {"false negatives": 0.1, "false positives": 0.1, "CE of soft": 0.5}
+    never = partial(annotate, grade=lambda *answer: False)
+    monkeypatch.setattr(experiment, "annotate", never)
+    monkeypatch.setattr(experiment, "quality_by_rollouts", lambda *given: [quality] * 6)
+    one.labels(model)
+    one.numbers |= SCORED
+    assert LABEL in failed(one)
+
+
+@pytest.mark.untraced
+def test_scores_that_know_nothing(again, monkeypatch):
+    draw = np.random.default_rng(0)
+    monkeypatch.setattr(
+        experiment, "score_solutions",
+        lambda reward, rows: [draw.random(len(row.steps)).astype(np.float32) for row in rows],
+    )  # fmt: skip
+    monkeypatch.setattr(experiment, "train_reward", lambda *given: {})
+    one, model, labelled = again
+    one.verification(model, labelled)
+    assert failed(one) >= {TELL, BEST, OUTCOME}
+
+
+@pytest.mark.untraced
+def test_rewards_that_know_nothing(again, monkeypatch):
+    """All steps are worth the same; what is left is the divergence's price."""
+    one, model, labelled = again
+    one.prm = one.reward(model, "steps", labelled[:64], "prm-any")
+    plain = step_rewards
+    monkeypatch.setattr(ppo, "step_rewards", lambda *given: plain(*given) * 0)
+    found = one.ppo(model, "PPO", one.prm, steps(one), Shaping(), None)
+    one.numbers["PPO by steps greedy"] = one.greedy(found.policy)["greedy"]
+    one.numbers |= SCORED
+    assert PPO in failed(one)

@@ -1,7 +1,6 @@
 """Rows in, rows out, and every row that is refused, by its file and number."""
 
 import json
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -63,10 +62,9 @@ def test_plain_columns_of_several_kinds(tmp_path):
     assert [one.answer for one in load_problems(folder, "test")] == ["2.5"]
 
 
-def test_a_question_that_stands_twice_is_taken_once(tmp_path, caplog, monkeypatch):
+def test_a_question_that_stands_twice_is_taken_once(tmp_path, caplog):
     row = {"question": "How many?", "answer": "3"}
-    monkeypatch.setattr(logging.getLogger("mathshepherd"), "propagate", True)  # a command cuts it
-    with caplog.at_level("INFO", "mathshepherd"):
+    with caplog.at_level("INFO"):
         found = load_problems(put(tmp_path, row, {"question": " How many?\n", "answer": 3}))
     assert len(found) == 1
     assert "1 questions stand twice" in caplog.text
