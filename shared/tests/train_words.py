@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,18 +58,40 @@ def worst(model):
     return value if rank() == 0 else -value
 
 
-def main(out: Path, batch_size: int, die_at: int, evaluate=None) -> None:
-    """Train; with `die_at` the process kills itself after that step, like a lost machine."""
+class Stopped(Exception):
+    """What an interrupted training raises."""
+
+
+def die() -> None:
+    """What a lost machine does."""
+    os.kill(os.getpid(), 9)
+
+
+def stop() -> None:
+    """What a user's interrupt does."""
+    raise Stopped
+
+
+@contextmanager
+def ended_at(step, end):
+    """Have a training end when this step begins."""
+    original = DefaultFlowCallback.on_step_begin
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if step and state.global_step == step:
+            end()
+        return original(self, args, state, control, **kwargs)
+
+    DefaultFlowCallback.on_step_begin = on_step_begin
+    try:
+        yield
+    finally:
+        DefaultFlowCallback.on_step_begin = original
+
+
+def main(out: Path, batch_size: int, evaluate=None) -> None:
+    """Train."""
     model = make_model()
-    if die_at:
-        original = DefaultFlowCallback.on_step_begin
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == die_at:
-                os.kill(os.getpid(), 9)
-            return original(self, args, state, control, **kwargs)
-
-        DefaultFlowCallback.on_step_begin = on_step_begin
     options = TrainOptions(learning_rate=1e-2, epochs=3, batch_size=batch_size, save_every=3)
     with RunDir.open(out, {"batch": batch_size}) as run:
         fit(model, rows(), collate, run, "words", options=options, loss=loss,
@@ -80,6 +103,10 @@ def main(out: Path, batch_size: int, die_at: int, evaluate=None) -> None:
 
 
 if __name__ == "__main__":  # BATCH_SIZE DIE_AT OUT...; in a folder `best` the best epoch is kept
+    size, at = map(int, sys.argv[1:3])
     for place in map(Path, sys.argv[3:]):
-        chosen = worst if place.name == "best" else None
-        main(place, int(sys.argv[1]), int(sys.argv[2]), chosen)
+        if place.name == "stopped":  # and taken up again
+            with ended_at(14, stop), suppress(Stopped):
+                main(place, size)
+        with ended_at(at, die):
+            main(place, size, worst if place.name == "best" else None)

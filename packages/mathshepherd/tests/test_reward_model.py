@@ -440,12 +440,12 @@ def test_training_learns_the_labels(readout, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gptj"])
-def test_two_rows_alone_learn_what_they_learn_in_the_whole_matrix(kind, tokenizer, tmp_path):
+def test_as_read_learn_what_they_learn_in_the_whole_matrix(kind, tokenizer, tmp_path):
     alone, within = fresh(tokenizer, kind), fresh(tokenizer, kind)
     before: Any = alone.model.get_output_embeddings().weight.detach().clone()  # pyright: ignore
     options = replace(OPTIONS, weight_decay=0.0)  # of rows that are never read
     train(alone, tmp_path / "alone", options=options)
-    within.two_rows_alone = nullcontext  # pyright: ignore
+    within.as_read = nullcontext  # pyright: ignore
     train(within, tmp_path / "within", options=options)
     assert alone.rows is None
     for name, weight in within.state_dict().items():

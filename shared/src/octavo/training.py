@@ -100,7 +100,8 @@ def fit(
         loss: of the model and a batch, a scalar mean over the batch's items.
         evaluate: of the model in evaluation mode, a finite number, larger is better; asked on every
             process after each epoch and at the end of a part of one, and rank 0's answer counts.
-        lengths: of the items, where those of about equal length are to share a batch: less padding.
+        lengths: of the items; the batches of one update (`accumulate`) are then each of about equal
+            length, which saves padding and changes no update.
 
     Returns:
         The model, trained, in evaluation mode.
@@ -151,6 +152,9 @@ def fit(
     # set now, since Trainer would have it that checkpoints are as rare as evaluations
     arguments.load_best_model_at_end = evaluate is not None
 
+    together = options.batch_size * options.accumulate * world_size()
+    order = ByLength(lengths, together, runtime.seed) if lengths else None
+
     class LossTrainer(Trainer):
         loss_is_scaled_for_ga = False
 
@@ -165,10 +169,7 @@ def fit(
             return (value, None) if return_outputs else value
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            if lengths is None:
-                return super()._get_train_sampler(train_dataset)
-            together = options.batch_size * options.accumulate * world_size()
-            return ByLength(lengths, together, runtime.seed)
+            return order or super()._get_train_sampler(train_dataset)
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             assert evaluate
@@ -191,6 +192,8 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_reporter(run, name))
+    if order:
+        trainer.add_callback(_order_follows(order))
     if evaluate:
         trainer.add_callback(_epoch_ends())
     trainer.accelerator.wait_for_everyone()
@@ -215,34 +218,25 @@ def fit(
 
 
 class ByLength:
-    """Orders items so that each run of so many is of about equal length, the runs by lot.
+    """Items in random order, those of one update by length: less padding, and the same updates.
 
     Args:
         lengths: of the items.
-        together: items in a run; the last may be shorter.
+        together: items in an update, over all its batches and processes.
         seed: of the order, which is another each epoch.
     """
 
     def __init__(self, lengths: Sequence[int], together: int, seed: int) -> None:
         self.lengths, self.together, self.seed, self.epoch = lengths, together, seed, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the epoch that comes next; a resumed training asks for one in the middle."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self.seed} {self.epoch}")
-        order, size = draw.sample(range(len(self)), len(self)), self.together
-        runs: list[list[int]] = []
-        for start in range(0, len(order), 16 * size):
-            some = sorted(order[start : start + 16 * size], key=self.lengths.__getitem__)
-            runs += [some[n : n + size] for n in range(0, len(some), size)]
-        short = [runs.pop()] if len(runs[-1]) < size else []
-        for run in [*draw.sample(runs, len(runs)), *short]:
-            yield from run
+        order = list(range(len(self)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.together):
+            yield from sorted(order[start : start + self.together], key=self.lengths.__getitem__)
 
 
 def discard_checkpoints(run: RunDir, name: str) -> None:
@@ -288,6 +282,17 @@ def check(options: TrainOptions) -> None:
         raise ConfigError(
             f"--report-to {options.report_to}: is not installed; pip install {options.report_to}"
         )
+
+
+def _order_follows(order: ByLength) -> Any:
+    """A callback that tells the order its epoch; where batches are skipped the library does not."""
+    from transformers import TrainerCallback
+
+    class OrderFollows(TrainerCallback):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            order.epoch = int(state.epoch or 0)
+
+    return OrderFollows()
 
 
 def _epoch_ends() -> Any:

@@ -158,24 +158,27 @@ class StepRewardModel(nn.Module):
         return found
 
     @contextmanager
-    def two_rows_alone(self) -> Iterator[None]:
-        """Within, the two verdicts' rows are trained as they are read: without the rest of the matrix.
+    def as_read(self) -> Iterator[None]:
+        """Within, what is never read of the output matrix is not trained: all but two rows of it.
 
-        The other rows have no gradient, and an optimiser would still go through all of them. Where the
-        matrix is the input's, too, or a head is read, or all logits, nothing is different.
+        They would have no gradient, and an optimiser would still go through all of them. Where the
+        matrix is the input's, too, or all logits are read, nothing is different.
         """
         weight: Any = getattr(self.model.get_output_embeddings(), "weight", None)
         tied = weight is self.model.get_input_embeddings().weight
-        if self.head is not None or not self.exact or tied:
+        if weight is None or tied or not self.exact:
             yield
             return
         trained, words = weight.requires_grad, [self.words.good, self.words.bad]
         weight.requires_grad_(False)
-        self.rows = nn.Parameter(weight[words].float())
+        if self.head is None:
+            self.rows = nn.Parameter(weight[words].float())
         try:
             yield
         finally:
-            weight[words] = self.rows.detach()
+            if self.rows is not None:
+                weight.data = weight.data.float()  # an adapter's frozen weights may be narrower
+                weight[words] = self.rows.detach()
             self.rows = None
             weight.requires_grad_(trained)
 

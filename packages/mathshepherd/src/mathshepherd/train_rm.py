@@ -160,7 +160,7 @@ def train_reward(
         reward.model = with_adapter(reward.model, lora_rank)
         narrow(reward.model, runtime.torch_dtype())
     collate = partial(at_tags, tag=reward.words.tag)
-    with reward.two_rows_alone():
+    with reward.as_read():
         fit(
             reward, targets, collate, run, name, options=options, runtime=runtime, loss=loss,  # pyright: ignore
             lengths=[len(target.ids) for target in targets],
