@@ -11,7 +11,7 @@ import torch
 from mathshepherd import stations
 from mathshepherd.annotate import annotate
 from mathshepherd.records import by_problem, load_solutions
-from mathshepherd.reward_model import StepRewardModel
+from mathshepherd.reward_model import StepRewardModel, score_solutions
 from octavo.rundir import is_finished
 from safetensors.torch import load_file
 
@@ -196,6 +196,35 @@ def test_rules_label_what_rollouts_do(command, loop, tmp_path):
     }
 
 
+def test_a_killed_scoring_goes_on(command, loop, tmp_path, monkeypatch):
+    plain, asked = score_solutions, []
+
+    def counted(scorer, solutions, *more):
+        asked.append(len(solutions))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return plain(scorer, solutions, *more)
+
+    monkeypatch.setattr(stations, "score_solutions", counted)
+    monkeypatch.setattr(stations, "AT_ONCE", 16)
+    words = (
+        "score",
+        loop / "prm",
+        "--data",
+        loop / "candidates",
+        "--out",
+        tmp_path / "run",
+        *QUIET,
+    )
+    assert command(*words)[0] == 130
+    assert command(*words)[0] == 0
+    assert asked == [16, 16, 16, 8]
+    assert (tmp_path / "run" / "steps.html").is_file()
+    for one, other in zip(*map(load_solutions, (tmp_path / "run", loop / "scored")), strict=True):
+        assert one.steps == other.steps
+        assert one.scores["prm"] == pytest.approx(other.scores["prm"], abs=1e-5)
+
+
 def test_a_long_candidate_is_refused_or_passed_over(command, loop, tmp_path):
     rows = [json.loads(line) for line in (loop / "candidates" / "solutions.jsonl").open()]
     long = next(row for row in rows if row.get("predicted"))
@@ -210,6 +239,15 @@ def test_a_long_candidate_is_refused_or_passed_over(command, loop, tmp_path):
     assert json.loads(out)["Scores"][0]["too long"] == 1
     scored = load_solutions(tmp_path / "scored")
     assert [one.scores["prm"] for one in scored if len(one.steps) > 200] == [()]
+    assert "not scored" in (tmp_path / "scored" / "steps.html").read_text()
+    for row in rows:  # with truth the scores are judged, but for those there are not
+        row["truth"] = [int(n % 2) for n in range(len(row["steps"]))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = command(*words, "--skip-long", "--json", "--overwrite")
+    assert code == 0, err
+    assert json.loads(out)["Steps told apart"][0]["steps"] == sum(
+        len(one.steps) for one in scored if len(one.steps) < 200
+    )
     code, _, err = command("verify", "--data", tmp_path / "scored", "--quiet")
     assert code == 0, err
 
@@ -300,6 +338,7 @@ def test_runs_make_one_report(command, loop, tmp_path, visit):
         (("train-prm", "GEN", "--data", "LABELS", "--max-length", "5"), "longer than 5"),
         (("search", "GEN", "--reward", "PRM", "--data", "TRAIN", "--beams", "0"), "--beams 0"),
         (("search", "GEN", "--reward", "none", "--data", "TRAIN"), "none"),
+        (("search", "GEN", "--reward", "ORM", "--data", "TRAIN"), "judges whole solutions"),
         (("rules", "--data", "POOL", "--rule", "calculator"), "nothing to say of any step"),
         (("rules", "--data", "POOL", "--rule", "numbers", "--references", "TRAIN"), "has a `solution`"),
         (("rules", "--data", "POOL", "--rule", "calculator", "--references", "TRAIN"), "--references"),
@@ -324,7 +363,7 @@ def test_runs_make_one_report(command, loop, tmp_path, visit):
 def test_wrong_input_is_one_line(command, files, generator, loop, tmp_path, words, named):
     names = {"GEN": generator, "TRAIN": files / "train.jsonl", "DATA": files, "POOL": loop / "pool",
              "DEMOS": files / "demonstrations.jsonl", "LABELS": loop / "labels", "PRM": loop / "prm",
-             "SCORED": loop / "scored"}  # fmt: skip
+             "SCORED": loop / "scored", "ORM": loop / "orm"}  # fmt: skip
     out = tmp_path / "out"
     code, printed, err = command(*[names.get(word, word) for word in words], "--out", out)
     assert (code, printed, err.count("\n")) == (2, "", 1), err

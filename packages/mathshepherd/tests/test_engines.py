@@ -232,7 +232,8 @@ class LLM:
         if "broken" in model:
             raise ValueError("no such\nmodel")
         self.options = {"model": model, "dtype": dtype, "seed": seed,
-                        "tensor_parallel_size": tensor_parallel_size} | kwargs  # fmt: skip
+                        "tensor_parallel_size": tensor_parallel_size,
+                        "gpu_memory_utilization": gpu_memory_utilization} | kwargs  # fmt: skip
         self.asked: list[tuple[dict, SamplingParams]] = []
         LLM.made.append(self)
 
@@ -277,7 +278,7 @@ def test_vllm_gets_one_request_a_completion(vllm):
     (made,) = vllm.made
     assert made.options == {"model": "some/model", "seed": 9, "dtype": "bfloat16",
                             "tensor_parallel_size": 1, "max_model_len": None,
-                            "enable_prefix_caching": True}  # fmt: skip
+                            "gpu_memory_utilization": 0.9, "enable_prefix_caching": True}  # fmt: skip
     assert [params.seed for _, params in made.asked] == [5, seed, 7]
     assert made.asked[0][1] == SamplingParams(
         temperature=0.5, top_p=0.9, seed=5, max_tokens=7, skip_special_tokens=False,
@@ -291,10 +292,47 @@ def test_vllm_gets_one_request_a_completion(vllm):
 
 
 def test_vllm_is_told_of_devices_and_context(vllm):
-    engine = Engine(engine="vllm", tensor_parallel=2, max_model_len=2048)
+    engine = Engine(engine="vllm", tensor_parallel=2, max_model_len=2048, gpu_memory=0.5)
     open_engine("some/model", SAMPLING, Runtime(device="cpu"), engine)
     (made,) = vllm.made
     assert (made.options["tensor_parallel_size"], made.options["max_model_len"]) == (2, 2048)
+    assert made.options["gpu_memory_utilization"] == 0.5
+
+
+def test_vllm_stops_at_words(vllm, monkeypatch):
+    generate = open_engine(
+        "some/model", SAMPLING, Runtime(device="cpu"), Engine(engine="vllm"), "ки"
+    )
+    told = iter([("a ки", "stop", "ки"), ("b", "stop", None), ("c", "length", None)])
+
+    def made(self, prompts, sampling_params=None, **_):
+        for params in sampling_params or ():
+            assert (params.stop, params.include_stop_str_in_output) == (["ки"], True)
+        return [RequestOutput("0", [], [CompletionOutput(0, text, [1], None, None, why, at)])
+                for text, why, at in told]  # fmt: skip
+
+    monkeypatch.setattr(LLM, "generate", made)
+    assert generate([Request("one", (1, 2, 3))]) == [
+        [Completion("a ки", False, 1, True), Completion("b", True, 1), Completion("c", False, 1)]
+    ]
+
+
+def test_a_server_stops_at_words():
+    """One that tells why (vLLM's), and one that does not, which counts until it says nothing more."""
+
+    def answer(body, _):
+        assert body["stop"] == ["ки"]
+        more = {1: {"stop_reason": "ки"}, 2: {"stop_reason": None}, 4: {}, 5: {}}[body["seed"]]
+        text = " " if body["seed"] == 5 else "a "
+        choice = {"text": text, "finish_reason": "stop"} | more
+        return 200, {"choices": [choice], "usage": {"completion_tokens": 2}}
+
+    with serving(answer) as (address, _):
+        (found,) = server(address, stop="ки")([Request("one", (1, 2, 4, 5))])
+    assert found == [
+        Completion("a ки", False, 2, True), Completion("a ", True, 2),
+        Completion("a ки", False, 2, True), Completion(" ", True, 2),
+    ]  # fmt: skip
 
 
 def test_what_vllm_refuses_is_told_in_one_line(vllm):

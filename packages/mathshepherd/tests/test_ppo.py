@@ -290,7 +290,7 @@ def test_what_is_left_out_teaches_nothing(small, run):
         rows = rows[kept]
         told = made._step(range(len(rows)), range(len(rows)), rows, made.batch(rows))
         states.append(weights_of(made.actor))
-        assert any(told.values()) == (len(rows) > 1)
+        assert bool(told) == (len(rows) > 1)
     begun = weights_of(trainer(small, run, small.make_reward()).actor)
     assert largest_change(begun, states[0]) > 1e-5
     assert largest_change(states[0], states[1]) < 1e-6

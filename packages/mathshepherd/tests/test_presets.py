@@ -48,10 +48,20 @@ def test_the_script_asks_for_files_and_passes_over_what_has_run(tmp_path, comman
     assert "TEST" in run.stderr
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin" / "mathshepherd"
-    stand_in.write_text('#!/bin/sh\necho "$1" >> calls\n')
+    stand_in.write_text('#!/bin/sh\necho "$*" >> calls\n')
     stand_in.chmod(0o755)
     (out / "runs" / "candidates").mkdir(parents=True)
     (out / "runs" / "candidates" / "result.json").write_text("{}")
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TEST": "test.jsonl"}
-    subprocess.run(["bash", out / "run.sh"], env=env, check=True)
-    assert (out / "calls").read_text().split() == ["score", "verify"]
+    subprocess.run(["bash", out / "run.sh"], env=env, cwd=tmp_path, check=True)
+    calls = (out / "calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls] == ["score", "verify"]
+    # a file is found from where the script is called, a hub id is left as it is
+    (tmp_path / "test.jsonl").write_text("")
+    (out / "runs" / "candidates" / "result.json").unlink()
+    for named, meant in (("test.jsonl", str((tmp_path / "test.jsonl").resolve())), ("a/b", "a/b")):
+        (out / "calls").unlink()
+        env["TEST"] = named
+        subprocess.run(["bash", out / "run.sh"], env=env, cwd=tmp_path, check=True)
+        first = (out / "calls").read_text().splitlines()[0].split()
+        assert first[first.index("--data") + 1] == meant

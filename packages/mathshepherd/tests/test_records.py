@@ -62,6 +62,14 @@ def test_plain_columns_of_several_kinds(tmp_path):
     assert [one.answer for one in load_problems(folder, "test")] == ["2.5"]
 
 
+def test_metamaths_columns_are_known(tmp_path):
+    rows = ({"query": "How many?", "response": "3 + 4 = 7\nThe answer is: 7", "type": "GSM_AnsAug"},
+            {"query": "And?", "response": "It is 7."})  # fmt: skip
+    found = load_problems(put(tmp_path, *rows))
+    assert [(one.question, one.answer) for one in found] == [("How many?", "7"), ("And?", None)]
+    assert found[0].solution == "3 + 4 = 7\nThe answer is: 7"
+
+
 def test_a_question_that_stands_twice_is_taken_once(tmp_path, caplog):
     row = {"question": "How many?", "answer": "3"}
     with caplog.at_level("INFO"):

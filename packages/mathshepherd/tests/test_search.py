@@ -49,7 +49,7 @@ class Scorer:
         words = "".join(step[0] for step in steps)
         return np.random.default_rng([self.seed, *words.encode()]).random()
 
-    def step_scores(self, questions, solutions, **_):
+    def step_scores(self, questions, solutions, *, batch_tokens=0, skip_long=False):
         assert set(questions) <= {PROBLEM.question}
         return [
             np.array([self.one(steps[: n + 1]) for n in range(len(steps))], np.float32)
@@ -128,6 +128,33 @@ def test_what_is_cut_off_has_no_answer():
     found, _ = beam_search([PROBLEM], endless, Scorer(), SearchConfig(max_steps=3), PLAIN)
     assert [len(one.steps) for one in found] == [3]
     assert not found[0].finished
+
+    def rambling(requests):
+        return [[Completion("a ки", False, 30, True)] * len(one.seeds) for one in requests]
+
+    found, _ = beam_search([PROBLEM], rambling, Scorer(), SearchConfig(), PLAIN, max_tokens=80)
+    assert [(len(one.steps), one.finished) for one in found] == [(3, False)]
+
+    class Short:
+        def step_scores(self, questions, solutions, *, batch_tokens=0, skip_long=False):
+            assert skip_long
+            return [np.ones(len(one)) if len(one) < 3 else np.empty(0) for one in solutions]
+
+    found, _ = beam_search([PROBLEM], endless, Short(), SearchConfig(), PLAIN)
+    assert [one.steps for one in found] == [()]  # all of them grew too long to be read
+
+    def paused(requests):
+        """A blank line before each step, as some models write it."""
+        said[0] += 1
+        text = "The answer is: 7" if said[0] == 4 else "\n" if said[0] % 2 else "a\n"
+        return [
+            [Completion(text, said[0] == 4, 2, said[0] != 4)] * len(one.seeds) for one in requests
+        ]
+
+    said = [0]
+    plain = StepFormat(numbered=False, plain=True)
+    found, _ = beam_search([PROBLEM], paused, Scorer(), SearchConfig(), plain)
+    assert [(one.steps, one.finished) for one in found] == [(("a", "The answer is: 7"), True)]
 
     def silent(requests):
         return [[Completion("", True, 1)] * len(one.seeds) for one in requests]

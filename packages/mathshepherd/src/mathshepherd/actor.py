@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, ModelError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -121,9 +121,14 @@ def trained_weights(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def take_weights(module: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Put back what `trained_weights` gave."""
+    """Put back what `trained_weights` gave.
+
+    Raises:
+        ModelError: they are of another model.
+    """
     own = trained_weights(module)
-    assert own.keys() == saved.keys(), "they are of another model"
+    if own.keys() != saved.keys():
+        raise ModelError("the checkpoint is of another model; start anew with --overwrite")
     for name, weight in saved.items():
         own[name].copy_(weight)
 

@@ -251,6 +251,8 @@ class FamilyScorer:
         """
         texts = []
         for number, (question, steps) in enumerate(zip(questions, solutions, strict=True)):
+            if self.family.separator == "\n":  # a step is one line there
+                steps = [step.strip().replace("\n", " ") for step in steps]
             self._check(number, steps)
             texts.append((question.strip(), tuple(step.strip() for step in steps)))
         numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}

@@ -243,7 +243,8 @@ class _Completer:
                     self._complete(
                         part, [texts[one] for one in part], [keys[one] for one in part], made
                     )
-                advance(size * len(queue))
+                    advance(size * len(part))
+                advance(size * (len(queue) - len(waiting)))
 
     def _undecided(self, key: str, made: int) -> bool:
         known = self.store.hits.get(key, [])

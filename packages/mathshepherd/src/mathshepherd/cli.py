@@ -190,7 +190,8 @@ def consensus(*, data: list[str], judge: list[str], out: Path, overwrite: bool =
 
     Args:
         data: Labelled solutions, of `annotate`; several times for several.
-        judge: The same solutions with other labels, of `rules`, `convert` or a judge of your own.
+        judge: The same solutions with other labels, of `rules`, `convert` or a judge of your own; a step
+            that it does not judge counts as good.
         out: Folder of the run; what both agree on lies in its `solutions.jsonl`.
         overwrite: Start anew where a run already lies.
     """
@@ -499,7 +500,7 @@ def rounds(
     pool_temperature: float = 1.0,
     learning_rate_reward: float = 1e-6,
     epochs_reward: float = 1.0,
-    batch_size_reward: int = 32,
+    batch_size_reward: int = 8,
     keep_going: bool = False,
     limit: int = 0,
     overwrite: bool = False,
@@ -521,7 +522,7 @@ def rounds(
         pool_temperature: Of their sampling; completions are drawn at --temperature.
         learning_rate_reward: Of the reward model's training.
         epochs_reward: Passes over the labelled solutions.
-        batch_size_reward: Solutions a step.
+        batch_size_reward: Solutions at once; four times as many make an update.
         keep_going: Do not stop a reinforcement that looks like reward hacking.
         limit: The first so many problems; 0 for all.
         overwrite: Start anew where a run already lies.
@@ -534,8 +535,9 @@ def rounds(
     if count < 1 or samples < 1:
         raise ConfigError(f"--count {count}, --samples {samples}: must be 1 or more")
     options = TrainOptions(
-        learning_rate=learning_rate_reward, epochs=epochs_reward, batch_size=batch_size_reward
-    )
+        learning_rate=learning_rate_reward, epochs=epochs_reward, batch_size=batch_size_reward,
+        accumulate=4, gradient_checkpointing=config.gradient_checkpointing,
+    )  # fmt: skip
     pool = Sampling(temperature=pool_temperature, max_new_tokens=config.max_new_tokens)
     completions = replace(pool, temperature=config.temperature)
     choice = {"model": model, "data": data, "dev_data": dev_data, "count": count, "samples": samples,

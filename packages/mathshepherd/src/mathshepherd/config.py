@@ -49,6 +49,9 @@ class Engine:
     tensor_parallel: int = 1
     """Devices that vLLM splits the model over."""
 
+    gpu_memory: float = 0.9
+    """Share of a device's memory that vLLM takes; less where a reward model lies on it too."""
+
     max_model_len: int = 0
     """Tokens of a text and its completion that vLLM makes room for; 0 for the model's own context."""
 
@@ -57,6 +60,8 @@ class Engine:
             self, rows=(1, None, False), retries=(0, None, False),
             tensor_parallel=(1, None, False), max_model_len=(0, None, False),
         )  # fmt: skip
+        if not 0 < self.gpu_memory <= 1:
+            raise ConfigError(f"--gpu-memory {self.gpu_memory}: must be above 0, and 1 at most")
         if (self.tensor_parallel, self.max_model_len) != (1, 0) and self.engine != "vllm":
             raise ConfigError("--tensor-parallel, --max-model-len: are of --engine vllm alone")
         if bool(self.server) != (self.engine == "server"):
@@ -77,7 +82,7 @@ class SearchConfig:
     """Step scores to a beginning's score."""
 
     max_steps: int = 40
-    """Steps of the longest solution."""
+    """Steps of the longest solution; its tokens are limited by --max-new-tokens."""
 
     def __post_init__(self) -> None:
         _check(self, beams=(1, None, False), width=(1, None, False), max_steps=(1, None, False))
@@ -141,6 +146,9 @@ class RewardConfig:
     positive_weight: float = 1.0
     """How many times a good step counts."""
 
+    label_smoothing: float = 0.0
+    """Moves each label this far towards one half: 0.1 makes 0.95 of 1 and 0.05 of 0."""
+
     supervise: Literal["last", "all"] = "last"
     """Of an outcome model: the last tag, or all of them with the outcome."""
 
@@ -150,6 +158,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not self.positive_weight > 0:
             raise ConfigError(f"--positive-weight {self.positive_weight}: must be above 0")
+        _check(self, label_smoothing=(0, 1, False))
         if self.max_length < 2:
             raise ConfigError(f"--max-length {self.max_length}: must be 2 or more")
 

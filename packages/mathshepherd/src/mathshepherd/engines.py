@@ -47,6 +47,7 @@ def open_engine(
         return VllmGenerator(
             folder, sampling, stop, seed=runtime.seed, dtype=runtime.dtype,
             tensor_parallel_size=engine.tensor_parallel, max_model_len=engine.max_model_len or None,
+            gpu_memory_utilization=engine.gpu_memory,
         )  # fmt: skip
     device = runtime.start()
     model = load_model(AutoModelForCausalLM, folder, dtype=runtime.torch_dtype())

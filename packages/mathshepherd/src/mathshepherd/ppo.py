@@ -358,12 +358,18 @@ class _Trainer:
             for start in range(0, len(order), config.batch_size):
                 chosen = order[start : start + config.batch_size]
                 found = self._step(chosen[rank() :: world_size()], chosen, rows, batch)
+                if not found:
+                    continue
                 moved.append(found["moved"])
                 count += 1
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
-            if config.target_kl and sum(moved) / len(moved) > config.target_kl:
+            if not moved or (config.target_kl and _mean(moved) > config.target_kl):
                 break
+        if not count:
+            log.warning(
+                "iteration %d: every response was cut off, and none learnt from", iteration + 1
+            )
         return {name: value / count for name, value in sums.items()}
 
     def _step(
@@ -373,12 +379,15 @@ class _Trainer:
         rows: Sequence[Response],
         batch: dict[str, Tensor],
     ) -> dict[str, float]:
-        """One update. Each token of the whole batch counts the same, on whichever process it is."""
+        """One update, or nothing where all of it was cut off and is left out.
+
+        Each token of the whole batch counts the same, on whichever process it is.
+        """
         names = ("policy_loss", "value_loss", "entropy", "moved")
         config, device = self.config, self.accelerator.device
         total = float(batch["mask"][list(chosen)].sum())
-        if not total:  # all were truncated, and left out
-            return dict.fromkeys(names, 0.0)
+        if not total:
+            return {}
         sums = torch.zeros(4, device=device)
         parts = [
             mine[a : a + config.micro_batch_size]
@@ -442,7 +451,7 @@ class _Trainer:
             "iteration": iteration, "accuracy": accuracy, "judged": judged,
             "gap": None if judged is None or accuracy is None else judged - accuracy,
             "reward": float(self.rewards(rows).sum(1).mean()), "kl": self.last.get("kl", 0.0),
-            "kl a token": self.last.get("kl", 0.0) / max(self.last.get("tokens", 1.0), 1.0),
+            "kl a token": self._apart(),
             "entropy": self.last.get("entropy"), "steps": _mean(len(one.ends) for one in rows),
             "tokens": _mean(len(one.ids) for one in rows),
             "no answer": _mean(not one.answered for one in rows),
@@ -450,6 +459,12 @@ class _Trainer:
         history.append(found)
         self.run.log(check=iteration, **{k: v for k, v in found.items() if k != "iteration"})
         return alarm(history, limits) if limits else ""
+
+    def _apart(self) -> float | None:
+        """How far the policy is from the reference, in nats a token; unknown without a reference."""
+        if not self.config.kl or "kl" not in self.last:
+            return None
+        return self.last["kl"] / max(self.last["tokens"], 1.0)
 
     def keep_best(
         self, history: Sequence[dict[str, Any]], best: tuple[int, float], stopped: str

@@ -1,5 +1,6 @@
 """Whole runs at real sizes: a script and a file of options for each of its commands, to be edited."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ class Stage:
     Attributes:
         run: name of its folder.
         command: of `mathshepherd`.
-        words: what follows it; TRAIN, DEV and TEST are the user's files.
+        words: what follows it; SFT, TRAIN, DEV and TEST are the user's files.
         options: what its file holds.
     """
 
@@ -42,7 +43,7 @@ class Preset:
     def files(self) -> list[str]:
         """The user's files that it needs."""
         words = {word for stage in self.stages for word in stage.words}
-        return [name for name in ("TRAIN", "DEV", "TEST") if name in words]
+        return [name for name in ("SFT", "TRAIN", "DEV", "TEST") if name in words]
 
 
 _VERIFY = Stage("verified", "verify", ("--data", "runs/scored"))
@@ -50,9 +51,9 @@ _VERIFY = Stage("verified", "verify", ("--data", "runs/scored"))
 #: What is not named here stands as it is by default.
 PRESETS: Mapping[str, Preset] = {
     "gsm8k-1.5b": Preset(
-        "Qwen2.5-Math-1.5B as generator, completer and reward model, on one GPU of 24 to 48 GB.",
+        "Qwen2.5-Math-1.5B as generator, completer and reward model, on one GPU of 48 GB.",
         (
-            Stage("sft", "sft", ("Qwen/Qwen2.5-Math-1.5B", "--data", "TRAIN"),
+            Stage("sft", "sft", ("Qwen/Qwen2.5-Math-1.5B", "--data", "SFT"),
                   {"add-words": True, "batch-size": 4, "accumulate": 8, "learning-rate": 1e-5,
                    "epochs": 3, "gradient-checkpointing": True, "dtype": "bfloat16"}),
             Stage("pool", "sample", ("runs/sft", "--data", "TRAIN"),
@@ -74,10 +75,13 @@ PRESETS: Mapping[str, Preset] = {
         ),
     ),
     "paper-mistral": Preset(
-        "The published numbers (sections 4.1 and 4.2) for Mistral-7B. The paper names no shaping; raw "
-        "scores are its most literal reading, and the monitor may stop them.",
+        "The paper's settings for Mistral-7B: epochs, learning rates, samples, rollouts, candidates and "
+        "KL of sections 4.1 and 4.2. It names no batch sizes and no shaping; raw scores are its most "
+        "literal reading, and the monitor may stop them. Fine-tuning all weights needs several devices "
+        "(accelerate launch); reinforcement trains an adapter, at a rate that suits one, since 1e-7 on "
+        "all weights of policy and critic takes some 260 GB on each.",
         (
-            Stage("sft", "sft", ("mistralai/Mistral-7B-v0.1", "--data", "TRAIN"),
+            Stage("sft", "sft", ("mistralai/Mistral-7B-v0.1", "--data", "SFT"),
                   {"add-words": True, "learning-rate": 5e-6, "epochs": 3, "batch-size": 4,
                    "accumulate": 32, "max-length": 512, "gradient-checkpointing": True,
                    "dtype": "bfloat16"}),
@@ -101,7 +105,8 @@ PRESETS: Mapping[str, Preset] = {
             Stage("verified", "verify", ("--data", "runs/scored"), {"aggregate": ["min", "last"]}),
             Stage("ppo", "ppo",
                   ("runs/sft", "--reward", "runs/prm", "--data", "TRAIN", "--dev-data", "DEV"),
-                  {"shaping": "raw", "learning-rate": 1e-7, "kl": 0.04, "dtype": "bfloat16"}),
+                  {"shaping": "raw", "lora-rank": 64, "learning-rate": 1e-5, "kl": 0.04,
+                   "micro-batch-size": 4, "dtype": "bfloat16"}),
         ),
     ),
     "released-prm": Preset(
@@ -149,13 +154,12 @@ def write_preset(name: str, out: Path) -> list[str]:
 
 def script(preset: Preset) -> str:
     """The commands of a preset; one that has run is passed over, one that was killed goes on."""
-    lines = [
-        "#!/usr/bin/env bash",
-        f"# {preset.about}",
-        "set -euo pipefail",
-        'cd "$(dirname "$0")"',
-    ]
-    lines += [f"{name}=${{{name}:?the {name} problems: a file or hub id}}" for name in preset.files]
+    about = textwrap.wrap(preset.about, 98, initial_indent="# ", subsequent_indent="# ")
+    lines = ["#!/usr/bin/env bash", *about, "set -euo pipefail"]
+    for name in preset.files:
+        lines += [f"{name}=${{{name}:?the {name} problems: a file or hub id}}",
+                  f'[ ! -e "${name}" ] || {name}=$(realpath "${name}")']  # fmt: skip
+    lines += ['cd "$(dirname "$0")"']
     for stage in preset.stages:
         words = [f'"${word}"' if word in preset.files else word for word in stage.words]
         lines += [

@@ -110,24 +110,29 @@ def load_problems(source: str | Path, split: str | None = None) -> list[Problem]
     """Problems of a file, a folder of splits or a hub id.
 
     The columns may be named as in GSM8K (`question`, `answer` with the solution before `####`), MATH
-    (`problem`, `solution`, `answer`, `unique_id`), or plainly (`id`, `question`, `answer`). A question
-    that stands twice with the same answer is taken once.
+    (`problem`, `solution`, `answer`, `unique_id`), MetaMATH (`query`, and `response` that ends in "The
+    answer is: ...") or plainly (`id`, `question`, `answer`). A question that stands twice with the same
+    answer is taken once.
 
     Raises:
         DataError: a column or value is missing, or two problems have the same id.
     """
-    names = ("id", "unique_id", "question", "problem", "answer", "final_answer", "solution")
+    names = ("id", "unique_id", "question", "problem", "answer", "final_answer", "solution",
+             "query", "response")  # fmt: skip
     columns: dict[str, Any] = dict.fromkeys(names, str | int | float | None)
     found: dict[str, Problem] = {}
     repeated = 0
     for number, row in enumerate(iter_rows(source, columns, split), 1):
         texts = {name: as_text(row[name]) for name in names}
-        question = texts["question"] or texts["problem"]
+        question = texts["question"] or texts["problem"] or texts["query"]
         if not (question and question.strip()):
             raise DataError(f"{source}, row {number}: has no `question` (or `problem`)")
         answer, solution = texts["answer"] or texts["final_answer"], texts["solution"]
         if answer and "####" in answer:
             solution, _, answer = answer.rpartition("####")
+        if (response := texts["response"]) and not answer:
+            solution, answer = response, response.rpartition("The answer is:")[2]
+            answer = None if answer == response else answer
         answer = answer.strip() if answer else None
         named = texts["id"] or texts["unique_id"]
         solution = solution and solution.strip()

@@ -110,7 +110,7 @@ def scores_figure(solutions: Sequence[Solution], name: str) -> "Figure":
                 marker=".")  # fmt: skip
     middle.set(xlabel="mean score", ylabel="share of good steps")
     places = [float(np.argmin(one.scores[name])) / (len(one.steps) - 1)
-              for one in solutions if len(one.steps) > 1]  # fmt: skip
+              for one in solutions if len(one.scores[name]) > 1]  # fmt: skip
     right.hist(places, bins=10, range=(0, 1))
     right.set(xlabel="place of the lowest score (1: last step)", ylabel="solutions")
     return figure
@@ -142,7 +142,10 @@ def steps_page(solutions: Sequence[Solution], name: str, title: str) -> str:
         verdict = {True: "right", False: "wrong", None: "not graded"}[one.correct]
         body.append(f"<h2>{escape(one.key)}: {escape(str(one.predicted))}, {verdict}</h2>")
         body.append(f"<p>{escape(one.question)}</p><ol>")
-        for step, score in zip(one.steps, one.scores[name], strict=True):
+        for step, score in zip(one.steps, one.scores[name] or [None] * len(one.steps), strict=True):
+            if score is None:
+                body.append(f"<li>{escape(step)} <small>not scored</small></li>")
+                continue
             colour = f"hsl({120 * score:.0f} 70% 85%)"
             body.append(
                 f'<li style="background:{colour}">{escape(step)} <small>{score:.3f}</small></li>'

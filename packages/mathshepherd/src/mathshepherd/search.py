@@ -4,8 +4,9 @@ A beam search over steps (as in Snell et al., 2408.03314). All problems take eac
 ways of going on from one beginning are sampled from one prefix.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,14 @@ class Path:
         ended: whether it goes on no further.
         whole: whether it came to an end of its own.
         scores: of its steps.
+        tokens: made for them.
     """
 
     steps: tuple[str, ...] = ()
     ended: bool = False
     whole: bool = False
     scores: tuple[float, ...] = ()
+    tokens: int = 0
 
 
 def beam_search(
@@ -47,6 +50,7 @@ def beam_search(
     grade: Grader = equivalent,
     name: str = "prm",
     batch_tokens: int = 16384,
+    max_tokens: int = 512,
 ) -> tuple[list[Solution], int]:
     """Solutions found step by step, the best of each problem first.
 
@@ -63,6 +67,8 @@ def beam_search(
         grade: tells a right answer.
         name: of the scores.
         batch_tokens: tokens in one batch of scoring.
+        max_tokens: of the longest solution; one that has not ended by then goes on no further. One
+            that is longer than the scorer's context is dropped.
 
     Returns:
         `beams` solutions of each problem or fewer, where fewer were different, with their scores; and
@@ -90,19 +96,23 @@ def beam_search(
             for (n, path), some in zip(going, made, strict=True):
                 tokens += sum(one.tokens for one in some)
                 for one in some:
-                    further = _further(path, one, form, depth + 1 == config.max_steps)
+                    last = depth + 1 == config.max_steps or path.tokens + one.tokens >= max_tokens
+                    further = _further(path, one, form, last)
                     known = new.setdefault((n, further.steps), further)
                     if further.whole and not known.whole:  # the same steps, and their end
                         new[n, further.steps] = further
             keys = [key for key, path in new.items() if path.steps]
             scores = scorer.step_scores(
                 [problems[n].question for n, _ in keys], [steps for _, steps in keys],
-                batch_tokens=batch_tokens,
+                batch_tokens=batch_tokens, skip_long=True,
             )  # fmt: skip
+            for (n, _), path in new.items():
+                if not path.steps:
+                    found[n].append(path)
             for (n, steps), values in zip(keys, scores, strict=True):
-                path = new[n, steps]
-                scored = tuple(float(one) for one in values)
-                found[n].append(Path(path.steps, path.ended, path.whole, scored))
+                if len(values):
+                    scored = tuple(float(one) for one in values)
+                    found[n].append(replace(new[n, steps], scores=scored))
             beams = [
                 sorted(some, key=lambda path: -worth(path, config.aggregate))[: config.beams]
                 for some in found
@@ -122,20 +132,24 @@ def stop_words(form: StepFormat) -> str:
 
 
 def worth(path: Path, how: str) -> float:
-    """A path's score; a whole one goes before another that is worth as much."""
+    """A path's score; a whole one goes before another that is worth as much, a blank one last."""
+    if not path.scores:
+        return -math.inf
     return aggregate(np.array(path.scores), how) + 1e-9 * path.whole
 
 
 def _further(path: Path, made: Completion, form: StepFormat, last: bool) -> Path:
     """A path with one more step; it has ended with its answer, or where the text did.
 
-    A step that reached neither its end nor the text's was cut off, and is no whole solution's.
+    A step that reached neither its end nor the text's was cut off, and is no whole solution's. A blank
+    one that was ended is none: the next is asked for.
     """
     step = " ".join(form.split(made.text)).strip()
     steps = (*path.steps, step) if step else path.steps
     answered = bool(step) and made.stopped and answer_in(step, form) is not None
     whole = made.finished or answered
-    return Path(steps, whole or last or not made.stopped or not step, whole)
+    tokens = path.tokens + made.tokens
+    return Path(steps, whole or last or not made.stopped, whole, tokens=tokens)
 
 
 def _solution(

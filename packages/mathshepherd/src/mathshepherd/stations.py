@@ -6,6 +6,7 @@ What one leaves is what the next takes: a folder of rows (`solutions.jsonl`) or 
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from octavo.console import counter
 from octavo.data import iter_rows
 from octavo.errors import ConfigError, DataError
 from octavo.models import load_tokenizer, save_model
-from octavo.rundir import RunDir, refuse_existing
+from octavo.rundir import RunDir, refuse_existing, write_text
 from octavo.runtime import Runtime, world_size
 from octavo.training import TrainOptions, discard_checkpoints
 
@@ -61,6 +62,10 @@ if TYPE_CHECKING:
     from mathshepherd.monitor import Alarm
 
 Tables = dict[str, list[dict[str, Any]]]
+
+
+#: Solutions that are scored before they are on the disk.
+AT_ONCE = 4096
 
 
 def problems_of(source: str, limit: int = 0, known: bool = False) -> list[Problem]:
@@ -154,7 +159,9 @@ def sample(
     generator = open_engine(source, sampling, runtime, engine)
     found = in_parts(
         run, problems, many(engine),
-        lambda part: sample_solutions(part, generator, form, samples, runtime.seed),
+        lambda part: sample_solutions(
+            part, generator, form, samples, runtime.seed, chunk=len(part)
+        ),
     )  # fmt: skip
     return {"Solutions": [sample_row(problems, found)]}
 
@@ -172,10 +179,17 @@ def search(
     form = saved_format(model_folder(source), form)
     device = runtime.start()
     scorer = open_scorer(reward, family, device, runtime.torch_dtype(), allow_pickle)
+    if isinstance(scorer, StepRewardModel) and scorer.reading.scope == "outcome":
+        raise ConfigError(
+            f"--reward {reward}: judges whole solutions, and a search needs its steps'"
+        )
     generator = open_engine(source, sampling, runtime, engine, stop_words(form))
     found = in_parts(
         run, problems, many(engine),
-        lambda part: beam_search(part, generator, scorer, config, form, runtime.seed, name=name)[0],
+        lambda part: beam_search(
+            part, generator, scorer, config, form, runtime.seed, name=name,
+            max_tokens=sampling.max_new_tokens,
+        )[0],
     )  # fmt: skip
     each = list(by_problem(found).values())
     best = [some[0] for some in each]
@@ -216,8 +230,8 @@ def in_parts(
 
 
 def many(engine: Engine) -> int:
-    """Texts handed to an engine at once; one that fills its own batches gets thousands."""
-    return 64 if engine.engine == "local" else 4096
+    """Texts handed to an engine at once; one that fills its own batches gets more."""
+    return 64 if engine.engine == "local" else 512
 
 
 def append_rows(file: Path, solutions: Sequence[Solution]) -> None:
@@ -327,7 +341,8 @@ def rules(
         if rule == "calculator":
             labelled.append(replace(one, labels=by_calculator(one)))
         elif one.problem in known:
-            labelled.append(replace(one, labels=by_numbers(one, known[one.problem])))
+            with suppress(DataError):  # no number to compare with
+                labelled.append(replace(one, labels=by_numbers(one, known[one.problem])))
     judged = [
         one for one in labelled if one.labels and any(hard is not None for hard in one.labels.hard)
     ]
@@ -376,8 +391,9 @@ def score(
     family: str | None = None, batch_tokens: int = 16384, skip_long: bool = False,
     allow_pickle: bool = False,
 ) -> Tables:  # fmt: skip
-    """Put a reward model's scores to solutions' steps, under a name."""
+    """Put a reward model's scores to solutions' steps, under a name; a killed run goes on."""
     from mathshepherd.adapters import open_scorer
+    from mathshepherd.report import steps_page
 
     alone("score")
     if not name.strip():
@@ -385,12 +401,21 @@ def score(
     solutions = load_solutions(data)
     device, dtype = runtime.start(), runtime.torch_dtype()
     scorer = open_scorer(source, family, device, dtype, allow_pickle)
-    scores = score_solutions(scorer, solutions, batch_tokens, skip_long)
-    long = sum(not len(found) for one, found in zip(solutions, scores, strict=True) if one.steps)
-    if long == sum(bool(one.steps) for one in solutions):
+    partial = run.path / "partial.jsonl"
+    scored = unfinished(partial)
+    for start in range(len(scored), len(solutions), AT_ONCE):
+        part = solutions[start : start + AT_ONCE]
+        scores = score_solutions(scorer, part, batch_tokens, skip_long)
+        new = [with_scores(one, name, found) for one, found in zip(part, scores, strict=True)]
+        append_rows(partial, new)
+        scored += new
+    long = sum(bool(one.steps) and not one.scores[name] for one in scored)
+    if long and long == sum(bool(one.steps) for one in scored):
         raise DataError(f"{', '.join(data)}: every solution is longer than the model's context")
-    scored = [with_scores(one, name, found) for one, found in zip(solutions, scores, strict=True)]
     write_solutions(run.path / ROWS, scored)
+    partial.unlink()
+    page = steps_page(scored[:40], name, f"Steps and their scores by {name}")
+    write_text(run.path / "steps.html", page)
     row = verify.position_of_minimum(scored, name) | {"too long": long}
     return {"Scores": [row]} | _step_tables(scored, [name])
 

@@ -146,7 +146,7 @@ def train_reward(
             f"none of {len(solutions)} solutions can be learnt from ({long} are longer than "
             f"{longest} tokens)"
         )
-    if len({value > 0.5 for value in values}) < 2:
+    if len(set(values)) < 2:
         raise DataError("all labels are the same: there is nothing to tell apart")
     usual = options.batch_size * len(values) / len(targets)
 
@@ -154,7 +154,9 @@ def train_reward(
         labels = batch["labels"]
         where = ~labels.isnan()
         logits = model(batch["input_ids"], batch["attention_mask"], where)
-        return tag_loss(logits.float(), labels[where], config.positive_weight) / usual
+        smooth = config.label_smoothing
+        wanted = labels[where] * (1 - smooth) + smooth / 2
+        return tag_loss(logits.float(), wanted, config.positive_weight) / usual
 
     if lora_rank:
         reward.model = with_adapter(reward.model, lora_rank)

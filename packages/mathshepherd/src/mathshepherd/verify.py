@@ -171,7 +171,7 @@ def step_quality(solutions: Sequence[Solution], score: str) -> dict[str, Any]:
     """
     from sklearn.metrics import roc_auc_score
 
-    known = [one for one in solutions if one.truth]
+    known = [one for one in solutions if one.truth and one.scores[score]]
     true = [value for one in known for value in one.truth or ()]
     scores = [
         value for one in known for value, _ in zip(one.scores[score], one.truth or (), strict=False)
