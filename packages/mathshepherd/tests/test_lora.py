@@ -128,13 +128,13 @@ def sft(folder, options=OPTIONS, rank=2, new_words=(), runtime=CPU, kind="llama"
     return model
 
 
-def prm(folder, readout: Readout = "tokens", options=OPTIONS):
+def prm(folder, readout: Readout = "tokens", options=OPTIONS, runtime=CPU):
     """The second of two steps is the bad one."""
     rows = [Solution("1", n, question, (*steps[:1], *steps[:1]), labels=StepLabels((1, 0)))
             for n, (question, steps) in enumerate(ROWS)]  # fmt: skip
     reward = StepRewardModel(make(), TOKENIZER, Reading(readout=readout, form=shop.FORMAT))
     with RunDir.open(folder, {}) as run:
-        train_reward(reward, rows, RewardConfig(), run, options, CPU, lora_rank=2)
+        train_reward(reward, rows, RewardConfig(), run, options, runtime, lora_rank=2)
     return reward
 
 
@@ -205,6 +205,16 @@ def test_half_precision_learns_too(tmp_path):
           for model, start in ((half, rounded(plain)), (whole, list(plain.parameters())))), dim=0
     )  # fmt: skip
     assert alike > 0.9
+
+
+@pytest.mark.parametrize("readout", ["tokens", "head"])
+def test_a_reward_model_does_too_and_of_the_output_two_rows_alone(readout, tmp_path):
+    reward = prm(tmp_path / "run", readout, runtime=Runtime(device="cpu", dtype="bfloat16"))
+    assert {one.dtype for one in reward.parameters()} == {torch.float32}
+    before = make().get_output_embeddings().weight.bfloat16().float()
+    changed = (reward.model.get_output_embeddings().weight != before).any(1)  # pyright: ignore
+    words = sorted([reward.words.good, reward.words.bad]) if readout == "tokens" else []
+    assert changed.nonzero().flatten().tolist() == words
 
 
 def rounded(model: Any) -> list[torch.Tensor]:

@@ -456,6 +456,23 @@ def test_as_read_learn_what_they_learn_in_the_whole_matrix(kind, tokenizer, tmp_
     assert all(one.requires_grad for one in alone.parameters())
 
 
+@pytest.mark.parametrize("readout", ["tokens", "head"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj", "cohere"])
+def test_all_that_is_trained_gets_a_gradient(kind, readout, tokenizer):
+    """Several processes would wait for the rest."""
+    reward = fresh(tokenizer, kind, readout)
+    rows = [Target(encode(tokenizer, f"Q {row} ки"), [1.0]) for row in ("a", "b")]
+    batch = at_tags(rows, reward.words.tag)
+    where = ~batch["labels"].isnan()
+    with reward.as_read():
+        reward(batch["input_ids"], batch["attention_mask"], where).sum().backward()
+        assert [
+            name
+            for name, one in reward.named_parameters()
+            if one.requires_grad and one.grad is None
+        ] == []
+
+
 def test_a_model_with_tied_embeddings_trains_and_resumes(tokenizer, tmp_path, monkeypatch):
     def make_one():
         return fresh(tokenizer, "gpt2", tie_word_embeddings=True)

@@ -164,13 +164,15 @@ class StepRewardModel(nn.Module):
         They would have no gradient, and an optimiser would still go through all of them. Where the
         matrix is the input's, too, or all logits are read, nothing is different.
         """
-        weight: Any = getattr(self.model.get_output_embeddings(), "weight", None)
-        tied = weight is self.model.get_input_embeddings().weight
-        if weight is None or tied or not self.exact:
+        output: Any = self.model.get_output_embeddings()
+        weight: Any = getattr(output, "weight", None)
+        if weight is None or weight is self.model.get_input_embeddings().weight or not self.exact:
             yield
             return
+        unread = [weight] if self.head is None else list(output.parameters())
         trained, words = weight.requires_grad, [self.words.good, self.words.bad]
-        weight.requires_grad_(False)
+        for one in unread:
+            one.requires_grad_(False)
         if self.head is None:
             self.rows = nn.Parameter(weight[words].float())
         try:
@@ -180,7 +182,8 @@ class StepRewardModel(nn.Module):
                 weight.data = weight.data.float()  # an adapter's frozen weights may be narrower
                 weight[words] = self.rows.detach()
             self.rows = None
-            weight.requires_grad_(trained)
+            for one in unread:
+                one.requires_grad_(trained)
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """Have the language model compute activations twice; what a trainer asks for."""
