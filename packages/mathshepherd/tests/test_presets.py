@@ -27,6 +27,7 @@ def test_each_command_is_understood(name, command, tmp_path, monkeypatch):
         assert {word for word in words[:-1] if word.startswith("runs/")} <= made
         made.add(place)
         options = yaml.safe_load((out / file).read_text())
+        assert options == PRESETS[name].stages[len(made) - 1].options
         at = words.index("--config")
         with monkeypatch.context() as patch:
             patch.setattr(app, "config", (Dict(options, use_commands_as_keys=False, source=file),))

@@ -1,5 +1,6 @@
 """Whole runs at real sizes: a script and a file of options for each of its commands, to be edited."""
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,8 +137,6 @@ def write_preset(name: str, out: Path) -> list[str]:
     Raises:
         ConfigError: there is no such preset, or the folder exists.
     """
-    import yaml
-
     if name not in PRESETS:
         raise ConfigError(f"preset {name}: is none of {', '.join(PRESETS)}")
     if out.exists():
@@ -146,10 +145,17 @@ def write_preset(name: str, out: Path) -> list[str]:
     with atomic(out) as folder:
         folder.mkdir(exist_ok=True)
         for stage in preset.stages:
-            text = yaml.safe_dump(dict(stage.options), sort_keys=False)
-            (folder / f"{stage.run}.yaml").write_text(text if stage.options else "{}\n")
+            lines = [f"{option}: {_value(value)}\n" for option, value in stage.options.items()]
+            (folder / f"{stage.run}.yaml").write_text("".join(lines) or "{}\n")
         (folder / "run.sh").write_text(script(preset))
     return preset.files
+
+
+def _value(value: Any) -> str:
+    """A value as YAML has it, for which 1e-05 would be a word."""
+    return (
+        json.dumps(value).replace("e-", ".0e-") if isinstance(value, float) else json.dumps(value)
+    )
 
 
 def script(preset: Preset) -> str:
