@@ -37,7 +37,10 @@ Evaluate = Callable[["PreTrainedModel"], float]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How one model is trained: AdamW, linear warm-up and decay, clipped gradients."""
+    """How one model is trained: linear warm-up and decay, clipped gradients."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or plain stochastic gradient descent."""
 
     learning_rate: float = 5e-5
     """Peak learning rate."""
@@ -123,6 +126,7 @@ def fit(
     folder = run.path / "checkpoints" / name
     arguments = TrainingArguments(
         output_dir=str(folder),
+        optim="sgd" if options.optimizer == "sgd" else "adamw_torch_fused",
         learning_rate=options.learning_rate,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,

@@ -1,0 +1,3 @@
+from .data import Examples as Examples
+
+__version__: str
