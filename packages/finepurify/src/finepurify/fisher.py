@@ -9,13 +9,14 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from octavo.errors import ConfigError, DataError, ModelError
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from finepurify.hooks import Watch, check, frozen
+from finepurify.hooks import Unseen, Watch, check, frozen
 from finepurify.hutchinson import hessian_diagonal
 from finepurify.likelihood import (
     Batch,
@@ -36,6 +37,11 @@ Prepare = Callable[[Tensor, Batch, int], Terms]
 Parameters = dict[str, nn.Parameter]
 
 logger = logging.getLogger(__name__)
+
+#: By model: the parameters and inputs for which hooks were seen to agree with autograd.
+_checked: WeakKeyDictionary[nn.Module, set[tuple[frozenset[str], frozenset[str]]]] = (
+    WeakKeyDictionary()
+)
 
 
 def diagonal(
@@ -104,38 +110,46 @@ def diagonal(
         return make_terms(kind, logits, batch, first, seed)
 
     with evaluating(model):
+        watch = None
         if engine in ("auto", "hooks"):
-            engine = _choose(model, parameters, start, prepare, engine)
-        run = {"hooks": _by_hooks, "loop": _by_loop, "vmap": _by_vmap}[engine]
-        totals, count = run(model, parameters, placed, prepare)
+            try:
+                watch = _watch(model, parameters, start, prepare)
+            except Unseen as error:
+                if engine == "hooks":
+                    raise
+                logger.info("an example at a time: %s", error)
+        if watch:
+            totals, count = _by_hooks(model, parameters, placed, prepare, watch)
+        else:
+            run = _by_vmap if engine == "vmap" else _by_loop
+            totals, count = run(model, parameters, placed, prepare)
     return {name: total.div_(count) for name, total in totals.items()}
 
 
-def _choose(
-    model: nn.Module, parameters: Parameters, batch: Batch, prepare: Prepare, engine: Engine
-) -> Engine:
-    """Hooks if they see everything; else the loop, or an error if hooks were asked for."""
+def _watch(model: nn.Module, parameters: Parameters, batch: Batch, prepare: Prepare) -> Watch:
+    """Hooks that agree with autograd on two examples; one model is checked once for all its points."""
     pair = rows(batch, [0, min(1, size_of(batch) - 1)])
 
     def objective() -> Tensor:
         logits = read_logits(model, pair)
         return next(prepare(logits, pair, 0).values(logits))
 
-    try:
-        check(model, parameters, objective)
-    except ModelError as error:
-        if engine == "hooks" or not str(error).startswith("hooks "):
-            raise
-        logger.info("an example at a time: %s", error)
-        return "loop"
-    return "hooks"
+    watch = Watch(model, parameters)
+    case = (frozenset(parameters), frozenset(batch))
+    if case not in _checked.setdefault(model, set()):
+        check(watch, parameters, objective)
+        _checked[model].add(case)
+    return watch
 
 
 def _by_hooks(
-    model: nn.Module, parameters: Parameters, batches: Iterable[Batch], prepare: Prepare
+    model: nn.Module,
+    parameters: Parameters,
+    batches: Iterable[Batch],
+    prepare: Prepare,
+    watch: Watch,
 ) -> tuple[dict[str, Tensor], int]:
     count = 0
-    watch = Watch(model, parameters)
     with frozen(parameters), watch.watching():
         for batch in batches:
             size = size_of(batch)
