@@ -7,7 +7,7 @@ set. The others (rows, neurons, merges) read rho in their own way, told with eac
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from torch import Tensor
 
 from finepurify import select
 from finepurify.config import IndicatorConfig, PurifyConfig
-from finepurify.indicator import curvature, indicator, neutral, posterior_clean, split_means
+from finepurify.indicator import (
+    global_mean,
+    indicator,
+    neutral_mask,
+    posterior_clean,
+    split_means,
+)
 from finepurify.pairing import Tensors, WeightPair
 
 
@@ -33,6 +39,7 @@ class Evidence:
         activity: mean activation of each neuron on clean data, by the tensors whose rows make it
             (fine-pruning).
         others: pairs of the same INIT with further fine-tuned models (wag, ties, dare).
+        architecture: the model's configuration, which tells where key biases are neutral.
     """
 
     pair: WeightPair
@@ -42,6 +49,12 @@ class Evidence:
     frequency: Mapping[int, int] = field(default_factory=dict)
     activity: Mapping[str, Tensor] = field(default_factory=dict)
     others: Sequence[WeightPair] = ()
+    architecture: Any = None
+
+    @cached_property
+    def mean_curvature(self) -> float:
+        """H's mean over all tensors, for the damping of that name."""
+        return global_mean(self.pair.names, self.fisher.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -112,22 +125,24 @@ def difference(both: Tensors) -> Tensor:
 
 
 def _purifying(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
-    return indicator(delta, evidence.fisher[name], evidence.config, name=name, mean=_mean(evidence))
+    """r of each dimension; key biases are neutral: nothing can be told of them, so they are kept."""
+    values = _damped(evidence, name, delta)
+    if values.ndim == 1:
+        values = values.masked_fill(neutral_mask(name, len(values), evidence.architecture), 0.0)
+    return values
 
 
-def _hessian_only(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
-    flat = indicator(
-        torch.ones_like(delta), evidence.fisher[name], evidence.config, name=name,
-        mean=_mean(evidence),
-    )  # fmt: skip
-    return flat
-
-
-def _mean(evidence: Evidence) -> float:
-    """H's mean over all tensors, for the damping of that name."""
-    if evidence.config.damping != "global-mean":
-        return 0.0
-    return curvature(evidence.fisher.values())
+def _damped(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
+    config = evidence.config
+    return indicator(
+        delta,
+        evidence.fisher[name],
+        damping=config.damping,
+        epsilon=config.epsilon,
+        strength=config.damping_share,
+        global_mean=evidence.mean_curvature if config.damping == "global-mean" else None,
+        exponent=config.exponent,
+    )
 
 
 def _noise(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
@@ -138,7 +153,7 @@ def _noise(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
 SCORES: dict[str, Callable[[Evidence, str, Tensor], Tensor]] = {
     "fine-purifying": _purifying,
     "delta-only": lambda evidence, name, delta: delta.square(),
-    "hessian-only": _hessian_only,
+    "hessian-only": lambda evidence, name, delta: _damped(evidence, name, torch.ones_like(delta)),
     "random": _noise,
     # keeps what moved most: our reading of the variant with selection
     "fine-mixing-sel": lambda evidence, name, delta: delta.abs().reciprocal(),
@@ -175,11 +190,10 @@ def _posterior(evidence: Evidence, config: PurifyConfig, rho: float) -> Weights:
     pair, values = evidence.pair, scores(evidence, config)
     if rho in (0.0, 1.0):
         return _threshold(evidence, config, rho)
-    keep = kept(evidence, config, rho)
-    k_clean, k_poison = split_means(pair.names, values, keep)
+    split = split_means(pair.names, values, rho)
 
     def probability(name: str) -> Tensor:
-        return posterior_clean(values(name), k_clean, k_poison, rho)
+        return posterior_clean(values(name), split.k_clean, split.k_poison, rho)
 
     def tensor(name: str) -> Tensor:
         both, p = pair.read(name), probability(name)
@@ -192,8 +206,8 @@ def _posterior(evidence: Evidence, config: PurifyConfig, rho: float) -> Weights:
     numbers = {
         "reset": float(sum(int((p < 0.5).sum()) for p in given)),
         "mean p": total / pair.numel,
-        "k clean": k_clean,
-        "k poison": k_poison,
+        "k clean": split.k_clean,
+        "k poison": split.k_poison,
     }
     return Weights(tensor, numbers)
 
@@ -350,7 +364,6 @@ def by_tensor(evidence: Evidence, keep: Mapping[str, Tensor]) -> list[dict[str, 
             "dimensions": mask.numel(),
             "reset": int((~mask).sum()),
             "reset %": 100 * float((~mask).float().mean()),
-            "neutral": mask.numel() if neutral(name) else 0,
         }
         for name, mask in keep.items()
     ]

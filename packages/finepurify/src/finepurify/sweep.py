@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from octavo import console
@@ -11,9 +12,10 @@ from octavo.rundir import RunDir
 
 from finepurify.bench import Bench
 from finepurify.config import PurifyConfig, Strategy
-from finepurify.strategies import Evidence, purified, takes_rho
+from finepurify.strategies import Evidence, Weights, purified, takes_rho
 
 FILE = "sweep.jsonl"
+NOTHING = PurifyConfig(strategy="none")
 Row = dict[str, Any]
 #: Numbers of the model as it is now that are added to a row.
 Look = Callable[[Bench], Row]
@@ -28,25 +30,55 @@ def rows_of(run: RunDir) -> list[Row]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def sweep(
-    bench: Bench,
+@dataclass(frozen=True)
+class Trial:
+    """One purified model to be made.
+
+    Attributes:
+        name: of the strategy or its variant, as rows show it.
+        rho: share that is kept.
+        weights: gives the weights when asked.
+    """
+
+    name: str
+    rho: float
+    weights: Callable[[], Weights]
+
+
+def trials(
     evidence: Evidence,
     config: PurifyConfig,
     strategies: Sequence[Strategy],
     grid: Sequence[float],
-    look: Look | None = None,
-) -> list[Row]:
-    """Every strategy at every rho, each followed by the short fine-tuning and judged on the held rows.
+    name: str = "",
+) -> list[Trial]:
+    """Every strategy at every rho, the largest first; one without a rho once.
+
+    Args:
+        evidence: what the strategies look at.
+        config: mode and scope; its strategy is replaced.
+        strategies: to try.
+        grid: values of rho.
+        name: of a variant, instead of the strategy's own.
+    """
+    found = []
+    for strategy in dict.fromkeys(strategies):
+        chosen = replace(config, strategy=strategy)
+        fixed = [0.0 if strategy == "reset" else 1.0]
+        for rho in sorted(set(grid), reverse=True) if takes_rho(strategy) else fixed:
+            found.append(Trial(name or strategy, rho, partial(purified, evidence, chosen, rho)))
+    return found
+
+
+def sweep(bench: Bench, plan: Sequence[Trial], look: Look | None = None) -> list[Row]:
+    """Each trial, followed by the short fine-tuning and judged on the held rows.
 
     A killed sweep goes on after its last whole line, and ends the same. Fine-tuning alone (rho = 1) is
     always the first row: it sets the floor.
 
     Args:
         bench: the suspect and clean rows.
-        evidence: what the strategies look at.
-        config: mode and scope; its strategy is replaced.
-        strategies: to try; those without a rho are tried once.
-        grid: values of rho.
+        plan: what to try.
         look: more to note of each model, for a study of the defence. Nothing here reads it.
 
     Returns:
@@ -54,40 +86,23 @@ def sweep(
     """
     run, done = bench.run, rows_of(bench.run)
     _mend(run, done)
-    plan: list[tuple[Strategy, float]] = [("none", 1.0)]
-    for strategy in strategies:
-        if strategy != "none":
-            shares = sorted(set(grid), reverse=True) if takes_rho(strategy) else [_fixed(strategy)]
-            plan += [(strategy, rho) for rho in shares]
-    known = {(row["strategy"], row["rho"]) for row in done}
-    for strategy, rho in console.progress(plan, "sweep", unit="models"):
-        if (strategy, rho) in known:
+    alone = Trial("none", 1.0, lambda: purified(Evidence(bench.pair), NOTHING, 1.0))
+    plan = [alone, *(trial for trial in plan if trial.name != "none")]
+    known = {(row["strategy"], row["rho"]): row for row in done}
+    for trial in console.progress(plan, "sweep", unit="models"):
+        key = trial.name, trial.rho
+        if key in known:
             continue
-        weights = purified(evidence, replace(config, strategy=strategy), rho)
-        bench.defended(weights, f"{strategy} {rho:g}")
+        weights = trial.weights()
+        bench.defended(weights, f"{trial.name} {trial.rho:g}")
         share = bench.accuracy()
         low, high = share.interval()
-        row: Row = {
-            "strategy": strategy,
-            "rho": rho,
-            "ACC": share.percent,
-            "low": low,
-            "high": high,
-        }
-        row |= {name: value for name, value in weights.numbers.items()}
-        row |= look(bench) if look else {}
-        done.append(row)
+        row: Row = {"strategy": trial.name, "rho": trial.rho}
+        row |= {"ACC": share.percent, "low": low, "high": high}
+        row |= weights.numbers | (look(bench) if look else {})
+        known[key] = row
         _append(run, row)
-    order = {step: at for at, step in enumerate(plan)}
-    return sorted(
-        (row for row in done if (row["strategy"], row["rho"]) in order),
-        key=lambda row: order[row["strategy"], row["rho"]],
-    )
-
-
-def _fixed(strategy: Strategy) -> float:
-    """The rho that a strategy without one is noted under."""
-    return 0.0 if strategy == "reset" else 1.0
+    return [known[trial.name, trial.rho] for trial in plan]
 
 
 def floor_of(rows: Sequence[Row], drop: float) -> float:
@@ -95,7 +110,7 @@ def floor_of(rows: Sequence[Row], drop: float) -> float:
     return next(row["ACC"] for row in rows if row["strategy"] == "none") - drop
 
 
-def choose(rows: Sequence[Row], strategy: Strategy, drop: float) -> Row | None:
+def choose(rows: Sequence[Row], strategy: str, drop: float) -> Row | None:
     """The row of a strategy with the smallest rho whose accuracy is not below the floor.
 
     Args:

@@ -1,0 +1,220 @@
+"""Attack, defend, compare: one seed of the embedded default, with what only the experimenter knows."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from octavo.models import load_tokenizer, save_model
+from octavo.rundir import RunDir
+from octavo.runtime import Runtime
+
+from finepurify.attack import Attacker, attacked
+from finepurify.bench import Bench, activity, frequencies
+from finepurify.config import (
+    AttackConfig,
+    AttackTrainConfig,
+    FisherConfig,
+    IndicatorConfig,
+    PurifyConfig,
+    Strategy,
+    TuneConfig,
+)
+from finepurify.data import encode
+from finepurify.laws import Laws, laws_of
+from finepurify.metrics import accuracy, attack_success
+from finepurify.models import answer_texts, load_suspect, new_classifier, pad_of
+from finepurify.pairing import WeightPair
+from finepurify.points import fisher
+from finepurify.poison import insert
+from finepurify.scan import scan
+from finepurify.strategies import Evidence
+from finepurify.sweep import Row, choose, rows_of, sweep, trials
+from finepurify.world import World
+
+SGD = AttackTrainConfig(optimizer="sgd", learning_rate=0.3, epochs=8.0)
+ADAMW = AttackTrainConfig(optimizer="adamw", learning_rate=5e-4, epochs=4.0)
+#: Points of accuracy below fine-tuning alone, over which a frontier is averaged.
+DROPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A strategy with settings of its own, as a row of the tables.
+
+    Attributes:
+        name: as tables show it.
+        grid: values of rho.
+        purify: strategy, mode, scope.
+        indicator: dampings.
+        fisher: kind and points.
+    """
+
+    name: str
+    grid: tuple[float, ...]
+    purify: PurifyConfig = PurifyConfig()
+    indicator: IndicatorConfig = IndicatorConfig()
+    fisher: FisherConfig = FisherConfig()
+
+
+def variant(strategy: Strategy, *grid: float) -> Variant:
+    """A strategy as it is."""
+    return Variant(strategy, grid or (1.0,), PurifyConfig(strategy=strategy))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One suspect and what is tried on it.
+
+    Attributes:
+        name: of the case.
+        attack: what was done to the suspect, or None for a clean model.
+        train: how it was fine-tuned.
+        variants: what is tried on it.
+        scanned: whether the weights are scanned.
+    """
+
+    name: str
+    attack: AttackConfig | None
+    train: AttackTrainConfig
+    variants: tuple[Variant, ...] = ()
+    scanned: bool = False
+
+
+@dataclass
+class Found:
+    """What one case gave.
+
+    Attributes:
+        before: ACC, and ASR or BACC, of the suspect as it came.
+        rows: of the sweep, with test numbers beside the held accuracy.
+        laws: correlation and Gamma law, where a Fisher diagonal was computed.
+        rank: of the trigger among the scanned tokens, 1 the first; 0 where nothing was scanned.
+        fires: whether the scan found something.
+    """
+
+    before: Row
+    rows: list[Row] = field(default_factory=list)
+    laws: dict[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    fires: bool = False
+
+
+def run_case(
+    world: World, case: Case, tune: TuneConfig, run: RunDir, runtime: Runtime, others: Sequence[Path] = ()
+) -> Found:
+    """Make the suspect, defend it by every variant, and measure all on the test rows.
+
+    The suspect, the Fisher diagonals and each row are kept in the run, so that a killed one goes on.
+
+    Args:
+        world: model and rows.
+        case: suspect and variants.
+        tune: the short fine-tuning.
+        run: of the whole demo; the case has a folder in it.
+        runtime: seed, device, precision.
+        others: folders of further fine-tuned models, for merges.
+    """
+    folder = run.path / f"seed-{runtime.seed}" / case.name
+    work = RunDir(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    suspect = make_suspect(world, case, work, runtime)
+    tokenizer = load_tokenizer(suspect)
+    pad, model = pad_of(tokenizer), load_suspect(suspect)
+    attack = case.attack or AttackConfig()
+    biased = attack.attack in ("biasword", "biassent")
+    attacker = Attacker(tokenizer, world.max_length, attack, case.train, work, runtime)
+    test = encode(world.test, tokenizer, world.max_length)
+    lured = insert(world.test, attack, runtime.seed, attacker.within)
+    lured_items = encode(lured, tokenizer, world.max_length)
+
+    def look(bench: Bench) -> Row:
+        plain, fooled = bench.answers(test), bench.answers(lured_items)
+        row: Row = {"test ACC": accuracy(plain, world.test.labels).percent}
+        if biased:
+            row["BACC"] = accuracy(fooled, world.test.labels).percent
+        else:
+            row["ASR"] = attack_success(fooled, world.test.labels, attack.target).percent
+        return row
+
+    pair = WeightPair.load(world.init, suspect)
+    bench = Bench(
+        pair, model, pad, encode(world.clean, tokenizer, world.max_length),
+        encode(world.held, tokenizer, world.max_length), world.held.labels, tune, work, runtime,
+    )  # fmt: skip
+    found = Found(look(bench))
+    plan = []
+    for chosen in case.variants:
+        strategy = chosen.purify.strategy
+        evidence = Evidence(
+            pair, config=chosen.indicator, seed=runtime.seed, architecture=model.config
+        )
+        if strategy in ("fine-purifying", "hessian-only"):
+            place = RunDir(folder / f"fisher-{chosen.fisher.fisher}")
+            place.path.mkdir(exist_ok=True)
+            curvature = fisher(pair, model, bench.items, pad, chosen.fisher, place, runtime)
+            evidence = replace(evidence, fisher=curvature)
+            if not found.laws and strategy == "fine-purifying":
+                found.laws = asdict(laws_of(evidence))
+        elif strategy == "e-pur":
+            evidence = replace(evidence, frequency=frequencies(bench.items))
+        elif strategy == "fine-pruning":
+            busy = activity(model, pair, bench.items, pad, runtime)
+            evidence = replace(evidence, activity=busy)
+        elif strategy in ("wag", "ties", "dare"):
+            evidence = replace(evidence, others=[WeightPair.load(world.init, each) for each in others])
+        plan += trials(evidence, chosen.purify, [strategy], chosen.grid, chosen.name)
+    if case.scanned:
+        report = scan(pair, tokenizer, frequency=frequencies(bench.items))
+        order = [row["token"] for row in report.tokens]
+        found.rank = 1 + order.index(attack.trigger[0]) if attack.trigger[0] in order else len(order)
+        found.fires = report.verdict
+    if plan:
+        found.rows = sweep(bench, plan, look)
+    return found
+
+
+def make_suspect(world: World, case: Case, work: RunDir, runtime: Runtime) -> Path:
+    """The folder of a case's suspect, trained unless it is there."""
+    folder = work.path / "suspect"
+    if not folder.is_dir():
+        tokenizer = load_tokenizer(world.init)
+        attacker = Attacker(
+            tokenizer, world.max_length, case.attack or AttackConfig(), case.train, work, runtime
+        )
+        np.random.seed(runtime.seed)  # noqa: NPY002 - the new classifier's weights
+        from octavo.runtime import seed_everything
+
+        seed_everything(runtime.seed)
+        model = new_classifier(world.init, world.train.names)
+        if case.attack is None:
+            attacker.fit(model, world.train, "clean")
+        else:
+            attacked(model, world.train, attacker)
+        save_model(folder, model, tokenizer)
+    return folder
+
+
+def frontier(rows: Sequence[Row], name: str, metric: str = "ASR") -> dict[float, float]:
+    """What a defender gets who keeps accuracy within so many points: the metric by the drop allowed.
+
+    rho is chosen on held rows alone. Where no rho keeps the floor, the suspect is only fine-tuned.
+
+    Args:
+        rows: of the sweep.
+        name: of the variant.
+        metric: `ASR` or `BACC`, on test rows.
+    """
+    alone = next(row for row in rows if row["strategy"] == "none")
+    return {drop: (choose(rows, name, drop) or alone)[metric] for drop in DROPS}
+
+
+def area(rows: Sequence[Row], name: str, metric: str = "ASR") -> float:
+    """The frontier's mean over the drops that are allowed."""
+    return float(np.mean(list(frontier(rows, name, metric).values())))
+
+
+def at(rows: Sequence[Row], name: str, rho: float) -> Row:
+    """One row."""
+    return next(row for row in rows if row["strategy"] == name and row["rho"] == rho)
