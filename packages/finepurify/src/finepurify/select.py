@@ -20,7 +20,7 @@ BINS = 1 << 16
 INFINITE, NEGATIVE_ZERO = 0x7F80, 0x8000
 
 #: Values in one step of a pass: they and their bins stay in the cache.
-STEP = 1 << 18
+STEP = 1 << 19
 
 #: Gives a tensor's values by its name; asked up to three times for each, with the same answer.
 Values = Callable[[str], Tensor]
@@ -158,9 +158,9 @@ def _histogram(
         own = torch.zeros(BINS, dtype=torch.int64, device=tensor.device)
         for part in tensor.detach().reshape(-1).split(STEP if tensor.is_cpu else 1 << 26):
             bits = part.view(torch.int32)
-            upper = (bits >> 16) & 0xFFFF
-            chosen = upper if within is None else bits[upper == within] & 0xFFFF
-            own += torch.bincount(chosen, minlength=BINS)
+            upper = bits >> 16
+            chosen = upper if within is None else bits[upper == within]
+            own += torch.bincount(chosen & 0xFFFF, minlength=BINS)
         own = own.cpu()
         if within is None and own[INFINITE:].any():
             _check(name, tensor)
