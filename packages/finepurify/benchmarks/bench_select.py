@@ -8,7 +8,7 @@ in CPU seconds. The rivals need all values in one tensor, and the time to put th
 then takes the k-th smallest for k = 90 % of them. All must give the same value, bit for bit.
 
 numpy's partition swings most between runs, with what the system charges for its fresh memory: three runs
-on one machine gave 0.84, 8.3 and 2.9 times our seconds. Where memory is had for nothing it is the faster.
+on one machine gave 0.84, 8.3 and 2.9 times our seconds. Where memory comes free it is faster.
 """
 
 import argparse
