@@ -145,12 +145,16 @@ def measure(
         assert off < 1e-4
         taken = best(ways, device, tries)
         seconds |= taken
-        loop, *ours = taken
+        loop, first, *others = taken
+        bars = {first: "2 or more, 2.5 aimed at"} if kind == "empirical" else {}
         ratios += [
-            {"what": f"{kind}: loop / {name.partition(', ')[2]}", "ratio": taken[loop] / taken[name],
-             "bar": "2 or more, 2.5 aimed at" if kind == "empirical" else "no bar"}
-            for name in ours
-        ]  # fmt: skip
+            {
+                "what": f"{kind}: loop / {name.partition(', ')[2]}",
+                "ratio": taken[loop] / taken[name],
+                "bar": bars.get(name, "no bar"),
+            }
+            for name in (first, *others)
+        ]
     rival = "not installed: not measured"
     if importlib.util.find_spec("nngeometry"):
         batches = make_batches(count, 8, longest, vocabulary, device)

@@ -2,9 +2,11 @@
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from finepurify import fisher
 from finepurify.fisher import diagonal
 from finepurify.hutchinson import hessian_diagonal
 from octavo.errors import ConfigError, DataError, ModelError
@@ -25,6 +27,10 @@ from transformers import (
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 24, "max_position_embeddings": 24, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}  # fmt: skip
+RELATIVE: dict[str, Any] = {
+    "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+}  # fmt: skip
 CONFIGS = {
     "bert": BertConfig(**SMALL),
     "roberta": RobertaConfig(**SMALL),
@@ -32,10 +38,7 @@ CONFIGS = {
         vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=24,
         initializer_range=0.3,
     ),
-    "deberta": DebertaV2Config(
-        **SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
-        norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0,
-    ),
+    "deberta": DebertaV2Config(**SMALL, relative_attention=True, type_vocab_size=0, **RELATIVE),
     "modernbert": ModernBertConfig(**SMALL, local_attention=8, cls_token_id=1, sep_token_id=2),
     "gpt2": GPT2Config(
         vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=24, pad_token_id=0,
@@ -277,6 +280,7 @@ def test_dropout_is_off_and_modes_come_back():
     assert [one.requires_grad for one in model.parameters()] == flags
     assert all(one.grad is None for one in model.parameters())
     assert not any(one._forward_hooks for one in model.modules())
+    assert not model.bert.embeddings.word_embeddings.sparse
     assert_equal(diagonal(model.eval(), [batch], engine="loop"), once)
 
 
@@ -352,6 +356,34 @@ class Twice(nn.Module):
             hidden += 1
             return self.two(found)
         return self.two(self.one(features))
+
+
+def test_a_model_is_checked_once_until_its_parameters_or_inputs_change(monkeypatch):
+    checks = []
+    check = fisher.check
+    monkeypatch.setattr(fisher, "check", lambda *given: checks.append(check(*given)))
+    model, batch = model_of("bert"), batch_of()
+    once = diagonal(model, [batch])
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)  # the next point of a segment
+    twice = diagonal(model, [batch])
+    assert len(checks) == 1
+    assert not torch.equal(once["classifier.bias"], twice["classifier.bias"])
+    assert_equal(twice, diagonal(model, [batch], engine="loop"))
+    diagonal(model, [{name: batch[name] for name in ("input_ids", "labels")}])
+    model.classifier.bias.requires_grad_(False)
+    diagonal(model, [batch])
+    assert len(checks) == 3
+
+
+def test_the_benchmark_s_ways_agree(benchmark_file):
+    found = benchmark_file("bench_fisher").measure(1, 16, 50, 4, 8, 1)
+    assert [row["what"] for row in found["ratios"]] == [
+        f"{kind}: loop / hooks, batch 8{when}"
+        for kind in ("empirical", "exact")
+        for when in ("", ", again")
+    ]
+    assert found["largest difference"] < 1e-4
 
 
 @pytest.mark.parametrize(
