@@ -9,6 +9,7 @@ import torch
 from finepurify import fisher
 from finepurify.fisher import diagonal
 from finepurify.hutchinson import hessian_diagonal
+from finepurify.likelihood import sample
 from octavo.errors import ConfigError, DataError, ModelError
 from torch import nn
 from transformers import (
@@ -376,6 +377,19 @@ def test_a_model_is_checked_once_until_its_parameters_or_inputs_change(monkeypat
     assert len(checks) == 3
 
 
+def test_the_check_sees_tokens_that_both_examples_have():
+    batch = batch_of()
+    found = sample(batch, 3)
+    assert found["input_ids"].tolist() == batch["input_ids"][[0, 2], :3].tolist()
+    assert found["labels"].tolist() == [0, 2]
+    left = {name: one.flip(1) if one.dim() > 1 else one for name, one in batch.items()}
+    assert sample(left)["input_ids"].tolist() == left["input_ids"][[0, 2], 2:].tolist()
+    one = {name: value[:1] for name, value in batch.items()}
+    assert sample(one)["labels"].tolist() == [0, 0]
+    apart = {"attention_mask": torch.eye(2).long(), "labels": torch.tensor([0, 1])}
+    assert sample(apart)["attention_mask"].tolist() == [[1, 0], [0, 1]]
+
+
 def test_the_benchmark_s_ways_agree(benchmark_file):
     found = benchmark_file("bench_fisher").measure(1, 16, 50, 4, 8, 1)
     assert [row["what"] for row in found["ratios"]] == [
@@ -515,7 +529,7 @@ def test_errors():
         diagonal(model, [], kind="hutchinson")
     with pytest.raises(DataError, match=r'needs "labels".*each example; found none'):
         diagonal(model, [{name: one for name, one in batch.items() if name != "labels"}])
-    with pytest.raises(DataError, match=r"found torch.Size\(\[2, 9\]\)"):
+    with pytest.raises(DataError, match=r"found torch.Size\(\[2, 7\]\)"):
         diagonal(model, [batch | {"labels": batch["input_ids"]}])
     with pytest.raises(DataError, match="label 3 is out of range: the model knows 0 to 2"):
         diagonal(model, [batch | {"labels": torch.tensor([0, 1, 2, 3, 0])}])

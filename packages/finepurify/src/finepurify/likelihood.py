@@ -95,6 +95,27 @@ def rows(batch: Batch, numbers: list[int]) -> dict[str, Any]:
     }
 
 
+def sample(batch: Batch, places: int = 16) -> dict[str, Any]:
+    """Two examples, cut to a few tokens that both have: enough to see how a model uses its layers.
+
+    A batch without a mask over its tokens is not cut; a single example comes twice.
+    """
+    last = size_of(batch) - 1
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return rows(batch, [0, min(1, last)])
+    order = mask.sum(1).argsort(descending=True).tolist()
+    pair = rows(batch, [order[0], order[min(1, last)]])
+    shape = pair["attention_mask"].shape
+    kept = pair["attention_mask"].all(0).nonzero()[:places, 0]
+    if not len(kept):
+        return pair
+    return {
+        name: value[:, kept] if isinstance(value, Tensor) and value.shape == shape else value
+        for name, value in pair.items()
+    }
+
+
 def read_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "batch ... labels"]:
     """The model's float32 logits; labels are kept from it, so that it computes no loss of its own.
 
