@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from finepurify import fisher
 from finepurify.fisher import Engine, diagonal
+from finepurify.likelihood import Kind
 from octavo.rundir import environment, write_json
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
@@ -117,7 +118,8 @@ def measure(
     alone = make_batches(count, 1, longest, vocabulary, device)
     sizes = (8, 32) if device == "cuda" else (8,)
     ratios, seconds, off = [], {}, 0.0
-    for kind in ("empirical", "exact"):
+    kinds: tuple[Kind, ...] = ("empirical", "exact")
+    for kind in kinds:
         ways: dict[str, Callable[[], Any]] = {}
 
         def add(

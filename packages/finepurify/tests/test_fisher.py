@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from finepurify import fisher
+from finepurify import fisher, hooks
 from finepurify.fisher import diagonal
 from finepurify.hutchinson import hessian_diagonal
 from finepurify.likelihood import sample
@@ -361,7 +361,7 @@ class Twice(nn.Module):
 
 def test_a_model_is_checked_once_until_its_parameters_or_inputs_change(monkeypatch):
     checks = []
-    check = fisher.check
+    check = hooks.check
     monkeypatch.setattr(fisher, "check", lambda *given: checks.append(check(*given)))
     model, batch = model_of("bert"), batch_of()
     once = diagonal(model, [batch])
