@@ -102,7 +102,12 @@ class Found:
 
 
 def run_case(
-    world: World, case: Case, tune: TuneConfig, run: RunDir, runtime: Runtime, others: Sequence[Path] = ()
+    world: World,
+    case: Case,
+    tune: TuneConfig,
+    run: RunDir,
+    runtime: Runtime,
+    others: Sequence[Path] = (),
 ) -> Found:
     """Make the suspect, defend it by every variant, and measure all on the test rows.
 
@@ -163,12 +168,16 @@ def run_case(
             busy = activity(model, pair, bench.items, pad, runtime)
             evidence = replace(evidence, activity=busy)
         elif strategy in ("wag", "ties", "dare"):
-            evidence = replace(evidence, others=[WeightPair.load(world.init, each) for each in others])
+            evidence = replace(
+                evidence, others=[WeightPair.load(world.init, each) for each in others]
+            )
         plan += trials(evidence, chosen.purify, [strategy], chosen.grid, chosen.name)
     if case.scanned:
         report = scan(pair, tokenizer, frequency=frequencies(bench.items))
         order = [row["token"] for row in report.tokens]
-        found.rank = 1 + order.index(attack.trigger[0]) if attack.trigger[0] in order else len(order)
+        found.rank = (
+            1 + order.index(attack.trigger[0]) if attack.trigger[0] in order else len(order)
+        )
         found.fires = report.verdict
     if plan:
         found.rows = sweep(bench, plan, look)

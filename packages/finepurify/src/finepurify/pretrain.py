@@ -41,6 +41,7 @@ class SmallBert:
     epochs: float = 10.0
     learning_rate: float = 2e-3
     batch_size: int = 64
+    dropout: float = 0.0
     spread: float = 0.02
     """Standard deviation of the first weights."""
 
@@ -78,6 +79,8 @@ def pretrained(
         max_position_embeddings=shape.max_length,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=shape.spread,
+        hidden_dropout_prob=shape.dropout,
+        attention_probs_dropout_prob=shape.dropout,
     )
     model = BertForPreTraining(config)
     rows = tokenizer(list(texts), truncation=True, max_length=shape.max_length)["input_ids"]

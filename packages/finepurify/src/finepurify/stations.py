@@ -79,7 +79,11 @@ def open_pair(
         ModelError: they cannot be had or do not fit together.
     """
     return WeightPair.load(
-        init, suspect, exclude=config.exclude, extra_rows=config.extra_rows, allow_pickle=allow_pickle
+        init,
+        suspect,
+        exclude=config.exclude,
+        extra_rows=config.extra_rows,
+        allow_pickle=allow_pickle,
     )
 
 
@@ -105,8 +109,13 @@ def clean_rows(patient: Patient, source: str, data: DataConfig, split: str = "tr
 
 
 def split_clean(
-    patient: Patient, clean: Examples, source: str, held: str | None, data: DataConfig,
-    share: float, seed: int,
+    patient: Patient,
+    clean: Examples,
+    source: str,
+    held: str | None,
+    data: DataConfig,
+    share: float,
+    seed: int,
 ) -> tuple[Examples, Examples]:
     """Rows to compute on and rows to judge by: of a file of their own, or a part of the clean rows.
 
@@ -436,25 +445,25 @@ def scanned(
     clean_data: str | None,
     settings: Settings,
     run: RunDir,
+    top: int = 20,
     allow_pickle: bool = False,
 ) -> ScanReport:
     """The scan of a pair, with clean data's token counts and curvature where there is such data."""
     tokenizer = tokenizer_of(pair.suspect.source)
     if clean_data is None:
-        return scan(pair, tokenizer, indicator_config=settings.indicator)
+        return scan(pair, tokenizer, indicator_config=settings.indicator, top=top)
     patient = admit(pair, allow_pickle)
     items = encode(
         load_examples(clean_data, settings.data, patient.names, "train"),
         tokenizer,
         settings.data.max_length,
     )
-    found = fisher(
-        pair, patient.model, items, patient.pad, settings.fisher, run, settings.runtime
-    )
+    found = fisher(pair, patient.model, items, patient.pad, settings.fisher, run, settings.runtime)
     return scan(
         pair,
         tokenizer,
         frequency=frequencies(items),
         fisher=found,
         indicator_config=settings.indicator,
+        top=top,
     )

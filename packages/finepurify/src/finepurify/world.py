@@ -62,7 +62,7 @@ class Sizes:
 def topics(sizes: Sizes, seed: int, runtime: Runtime) -> World:
     """The generated language."""
     words = [*language().words, *TRIGGERS]
-    shape = SmallBert(epochs=sizes.epochs, spread=0.1)
+    shape = SmallBert(epochs=sizes.epochs, spread=0.1, learning_rate=3e-3)
     tokenizer = word_tokenizer(words, shape.max_length)
     base = 10 * seed
     init = pretrained(sentences(sizes.pretrain, base).texts, tokenizer, shape, runtime)
@@ -102,7 +102,9 @@ def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
         return Examples([row["text"] for row in some], [row["label"] for row in some], names)
 
     if len(rows) < sizes.train + sizes.held + 2 * sizes.shots * len(classes):
-        raise DataError(f"{folder}: {len(rows)} training rows are too few for {sizes.train} and a defender's")
+        raise DataError(
+            f"{folder}: {len(rows)} training rows are too few for {sizes.train} and a defender's"
+        )
     train, rest = rows[: sizes.train], rows[sizes.train :]
     held, pool = rest[: sizes.held], rest[sizes.held :]
     texts = [row["text"] for row in rows]
