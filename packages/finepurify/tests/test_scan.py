@@ -60,6 +60,15 @@ def outstanding(report: ScanReport) -> list[str]:
     return [row["token"] for row in report.tokens if row["stands out"]]
 
 
+def highest(scores: np.ndarray) -> float:
+    """The largest z of 200 rows, by hand: of them the tenth largest ends at 95 %."""
+    logs = np.sort(np.log(scores.astype(float)))
+    assert len(logs) == 200
+    median = logs[99]
+    scales = [(np.quantile(logs, share) - median) / norm.ppf(share) for share in (0.9, 0.95)]
+    return (logs[-1] - median) / max(scales)
+
+
 def test_a_row_that_moved_far_is_first_and_fires(paired: Any) -> None:
     sizes = ordinary()
     sizes[100] = 5.0
@@ -83,10 +92,7 @@ def test_a_row_that_moved_far_is_first_and_fires(paired: Any) -> None:
     assert report.reason.startswith("'w95': 1 of 200 moved tokens drifted further than z = 3.09; ")
     assert report.warning == WARNING
     # by hand: 200 judged rows, those of the special tokens are not
-    logs = np.log(sizes.numpy().astype(float))[5:]
-    median, upper = np.quantile(logs, [0.5, 0.9])
-    wanted = (np.log(5.0) - median) / ((upper - median) / 1.2815516)
-    assert first["z"] == pytest.approx(wanted, rel=1e-3)
+    assert first["z"] == pytest.approx(highest(sizes.numpy()[5:]), rel=1e-3)
     assert report.threshold == pytest.approx(norm.isf(0.2 / 200))
 
 
@@ -119,8 +125,8 @@ def test_special_tokens_are_told_and_not_judged(paired: Any) -> None:
     assert report.tokens[-5] == row
 
 
-#: Ten words of the task drift as far as the trigger, row 150; clean data is full of them.
-TASK, TRIGGER = slice(20, 30), 150
+#: Seven words of the task drift as far as the trigger, row 150; clean data is full of them.
+TASK, TRIGGER = slice(20, 27), 150
 
 
 @pytest.fixture
@@ -132,8 +138,8 @@ def task(paired: Any) -> WeightPair:
 
 def test_without_clean_data_words_of_the_task_stand_out_with_the_trigger(task: WeightPair) -> None:
     report = scan(task, TOKENIZER)
-    assert report.outstanding == 11
-    assert sorted(row["id"] for row in report.tokens[:11]) == [*range(20, 30), TRIGGER]
+    assert report.outstanding == 8
+    assert sorted(row["id"] for row in report.tokens[:8]) == [*range(20, 27), TRIGGER]
 
 
 def test_counts_tell_a_trigger_from_the_words_of_the_task(task: WeightPair) -> None:
@@ -146,10 +152,8 @@ def test_counts_tell_a_trigger_from_the_words_of_the_task(task: WeightPair) -> N
     # by hand
     drift = ordinary(0.5).numpy().astype(float)
     drift[TASK] = drift[TRIGGER] = 0.1
-    score = np.log(drift / np.sqrt(count.numpy() + 0.1 * count.numpy().mean()))[5:]
-    median, upper = np.quantile(score, [0.5, 0.9])
-    wanted = (score.max() - median) / ((upper - median) / norm.ppf(0.9))
-    assert report.tokens[0]["z"] == pytest.approx(wanted, rel=1e-3)
+    score = drift / np.sqrt(count.numpy() + 0.1 * count.numpy().mean())
+    assert report.tokens[0]["z"] == pytest.approx(highest(score[5:]), rel=1e-3)
 
 
 def test_curvature_tells_it_too(task: WeightPair) -> None:
@@ -284,6 +288,19 @@ def test_as_many_stand_out_by_chance_as_the_threshold_says() -> None:
     found = [int((deviations((3 * log).exp(), everything) > threshold).sum()) for log in logs]
     # the scale is estimated, which adds a little to 0.2
     assert np.mean(found) == pytest.approx(EXPECTED, abs=0.09)
+
+
+def test_the_end_of_a_heavy_tail_is_no_outlier() -> None:
+    # as of common words of real text under SGD: above the 90th percentile drifts grow faster
+    normal = torch.from_numpy(norm.ppf((np.arange(4000) + 0.5) / 4000))
+    logs = normal + 0.3 * (normal - float(norm.ppf(0.9))).clamp(min=0)
+    everything = torch.ones(len(logs), dtype=torch.bool)
+    threshold = float(norm.isf(EXPECTED / len(logs)))
+    assert int((logs > threshold).sum()) >= 2  # median 0 and, at the 90th percentile, scale 1
+    assert int((deviations(logs.exp(), everything) > threshold).sum()) == 0
+    logs[7] = 9.0
+    found = deviations(logs.exp(), everything) > threshold
+    assert found.nonzero().flatten().tolist() == [7]
 
 
 def test_five_triggers_do_not_hide_each_other() -> None:

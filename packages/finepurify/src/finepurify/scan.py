@@ -10,8 +10,9 @@ data hardly excites it. So each row gets one score, its drift against what clean
 - without clean data, the drift itself.
 
 The rule: a row stands out if the logarithm of its score lies so far above the median that of as many
-normally distributed values `EXPECTED` would lie there. The scale is read off at the 90th percentile and
-not at the quartiles, for the words that carry a task drift more than all others, and are no outliers.
+normally distributed values `EXPECTED` would lie there. The scale is read off at the 90th and the 99th
+percentile, and the larger one holds; not at the quartiles, for the words that carry a task, or are very
+common, drift more than all others, and are no outliers.
 """
 
 import re
@@ -37,8 +38,11 @@ EXPECTED = 0.2
 #: Fewer moved rows have no distribution that one of them could be an outlier of.
 FEWEST_ROWS = 20
 
-#: Where the scale is read off, and the least it can be: drifts within a tenth of each other are alike.
-UPPER, LEAST_SCALE = 0.9, 0.1
+#: Where the scale is read off, though never with fewer rows above than triggers may have.
+UPPER, ABOVE = (0.9, 0.99), 10
+
+#: The least scale: drifts within a tenth of each other are alike.
+LEAST_SCALE = 0.1
 
 #: Of the mean count, or curvature, of a row: what every row is granted.
 SHARE = 0.1
@@ -184,7 +188,8 @@ def deviations(score: Tensor, judged: Tensor) -> Tensor:
     """How far above the median each row's score lies, in standard deviations of its logarithm.
 
     The scale is the distance from the median to the 90th percentile over a normal distribution's, 1.28,
-    and at least 0.1; neither is moved by a few rows, however far out.
+    or the like of the 99th (of the tenth largest, where that is lower) if larger, and at least 0.1: a
+    few rows do not change it, however far out, but a heavy tail does.
 
     Args:
         score: [rows], 0 or more.
@@ -194,9 +199,12 @@ def deviations(score: Tensor, judged: Tensor) -> Tensor:
         [rows] of float64; meaningless where a row is not judged.
     """
     log = score.double().clamp(min=torch.finfo(torch.float64).tiny).log()
-    median, upper = log[judged].quantile(torch.tensor([0.5, UPPER], dtype=log.dtype))
-    scale = (upper - median) / float(norm.ppf(UPPER))
-    return (log - median) / scale.clamp(min=LEAST_SCALE)
+    known = log[judged]
+    median, scale = known.median(), LEAST_SCALE
+    for share in UPPER:
+        share = max(UPPER[0], min(share, 1 - ABOVE / len(known)))
+        scale = max(scale, float((known.quantile(share) - median) / norm.ppf(share)))
+    return (log - median) / scale
 
 
 def shrunk(delta: Tensor, init: Tensor) -> Tensor:
