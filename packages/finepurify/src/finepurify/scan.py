@@ -7,7 +7,8 @@ data hardly excites it. So each row gets one score, its drift against what clean
 - with token counts, drift / sqrt(count + a tenth of the mean count): the drift of clean dimensions
   grows with the root of their curvature, and a row's curvature with how often its token occurs;
 - with a Fisher diagonal but no counts, the root of the row's mean indicator r;
-- without clean data, the drift itself.
+- without clean data, the drift itself, which tells little: the task's words may drift as far as a
+  trigger, and under SGD the commonest words further than all.
 
 The rule: a row stands out if the logarithm of its score lies so far above the median that of as many
 normally distributed values `EXPECTED` would lie there. The scale is read off at the 90th and the 99th
@@ -53,8 +54,9 @@ TOP = 0.01
 WARNING = (
     "A scan that finds nothing proves nothing: triggers and biases made of common words share their "
     "rows with clean text and are usually missed, and so is an attacker who keeps the drift small. Nor "
-    "does an alarm prove an attack: a task's own words drift too where the clean data lacks them, and "
-    "so do tokens added on purpose. Look at the tokens that stand out, and try them."
+    "does an alarm prove an attack: a task's own words drift too, and stand out where the clean data "
+    "lacks them (some hundred texts help) or there is none, and so do tokens added on purpose. Look at "
+    "the tokens that stand out, and try them."
 )
 
 Row = dict[str, Any]
