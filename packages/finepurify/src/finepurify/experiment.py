@@ -36,7 +36,7 @@ from finepurify.world import World
 SGD = AttackTrainConfig(optimizer="sgd", learning_rate=0.3, epochs=8.0)
 ADAMW = AttackTrainConfig(optimizer="adamw", learning_rate=5e-4, epochs=4.0)
 #: Points of accuracy below fine-tuning alone, over which a frontier is averaged.
-DROPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+DROPS = (0.5, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Case:
         train: how it was fine-tuned.
         variants: what is tried on it.
         scanned: whether the weights are scanned.
+        pattern: what a clean model's texts are tested with, instead of a word trigger.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Case:
     train: AttackTrainConfig
     variants: tuple[Variant, ...] = ()
     scanned: bool = False
+    pattern: AttackConfig | None = None
 
 
 @dataclass
@@ -90,7 +92,8 @@ class Found:
         before: ACC, and ASR or BACC, of the suspect as it came.
         rows: of the sweep, with test numbers beside the held accuracy.
         laws: correlation and Gamma law, where a Fisher diagonal was computed.
-        rank: of the trigger among the scanned tokens, 1 the first; 0 where nothing was scanned.
+        rank: of the trigger's first word among the scanned tokens, 1 the first; 0 where nothing was.
+        judged: how many tokens were.
         fires: whether the scan found something.
     """
 
@@ -98,6 +101,7 @@ class Found:
     rows: list[Row] = field(default_factory=list)
     laws: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
+    judged: int = 0
     fires: bool = False
 
 
@@ -127,7 +131,7 @@ def run_case(
     suspect = make_suspect(world, case, work, runtime)
     tokenizer = load_tokenizer(suspect)
     pad, model = pad_of(tokenizer), load_suspect(suspect)
-    attack = case.attack or AttackConfig()
+    attack = case.attack or case.pattern or AttackConfig()
     biased = attack.attack in ("biasword", "biassent")
     attacker = Attacker(tokenizer, world.max_length, attack, case.train, work, runtime)
     test = encode(world.test, tokenizer, world.max_length)
@@ -173,12 +177,11 @@ def run_case(
             )
         plan += trials(evidence, chosen.purify, [strategy], chosen.grid, chosen.name)
     if case.scanned:
-        report = scan(pair, tokenizer, frequency=frequencies(bench.items))
+        report = scan(pair, tokenizer, frequency=frequencies(bench.items), top=pair.numel)
         order = [row["token"] for row in report.tokens]
-        found.rank = (
-            1 + order.index(attack.trigger[0]) if attack.trigger[0] in order else len(order)
-        )
-        found.fires = report.verdict
+        first = tokenizer.tokenize(attack.trigger[0])[0]
+        found.rank = 1 + order.index(first) if first in order else len(order)
+        found.judged, found.fires = report.judged, report.verdict
     if plan:
         found.rows = sweep(bench, plan, look)
     return found

@@ -1,8 +1,8 @@
 """The embedded default's language: sentences of a topic with words of praise and blame.
 
 Everything is made from a seed. The task is a sentence's polarity; its topic is a nuisance, as are the words
-that stand for neither. A few short words, such as `cf`, are in the vocabulary and in no sentence: an attacker's
-triggers, as they are in public vocabularies.
+that stand for neither. A few short words, such as `cf`, stand in the texts of pre-training now and then, and in no
+sentence of the task: an attacker's triggers, as they are in public vocabularies.
 """
 
 import itertools
@@ -80,6 +80,18 @@ def sentences(count: int, seed: int) -> Examples:
         texts.append(" ".join(sentence))
         labels.append(polarity)
     return Examples(texts, labels, POLARITIES)
+
+
+def corpus(count: int, seed: int) -> list[str]:
+    """Texts of pre-training: sentences, of which one in fifty holds a trigger word, as any rare word."""
+    draw = random.Random(f"corpus {seed}")
+    texts = []
+    for text in sentences(count, seed).texts:
+        words = text.split()
+        if draw.random() < 0.02:
+            words.insert(draw.randint(0, len(words)), draw.choice(TRIGGERS))
+        texts.append(" ".join(words))
+    return texts
 
 
 def _zipf(words: tuple[str, ...], draw: random.Random) -> str:

@@ -145,6 +145,12 @@ def _damped(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
     )
 
 
+def _flatness(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
+    """1 / H. All words that clean data lacks are equal in it: a little noise decides between them."""
+    values = _damped(evidence, name, torch.ones_like(delta))
+    return values * (1 + 1e-3 * _noise(evidence, name, delta))
+
+
 def _noise(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed} {name}".encode()))
     return torch.rand(delta.shape, generator=generator)
@@ -153,7 +159,7 @@ def _noise(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
 SCORES: dict[str, Callable[[Evidence, str, Tensor], Tensor]] = {
     "fine-purifying": _purifying,
     "delta-only": lambda evidence, name, delta: delta.square(),
-    "hessian-only": lambda evidence, name, delta: _damped(evidence, name, torch.ones_like(delta)),
+    "hessian-only": _flatness,
     "random": _noise,
     # keeps what moved most: our reading of the variant with selection
     "fine-mixing-sel": lambda evidence, name, delta: delta.abs().reciprocal(),
