@@ -1,8 +1,12 @@
 """Whether the theory's premises hold for a pair: drift follows curvature, and r follows a Gamma law."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from finepurify import select
 from finepurify.config import PurifyConfig
@@ -11,6 +15,10 @@ from finepurify.strategies import Evidence, difference, scores, word_embedding
 
 #: What the theory says of them.
 THEORY = {"log_sd": LOG_SD, "median_over_mean": MEDIAN}
+
+#: Edges of the histogram of r: quarters of decades. What lies beyond is counted in the first or last.
+LOWEST, HIGHEST, A_DECADE = -20, 20, 4
+EDGES = tuple(10.0 ** (n / A_DECADE) for n in range(LOWEST * A_DECADE, HIGHEST * A_DECADE + 1))
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Laws:
         flat: dimensions with H = 0, such as those of words that clean data lacks.
         neutral: attention key biases, of which nothing can be told.
         top_in_embedding: share of the highest 1 % of r that lies in the word embedding.
+        histogram: dimensions with r > 0 by r, between each two of `EDGES`.
     """
 
     spearman: float
@@ -42,6 +51,7 @@ class Laws:
     flat: int
     neutral: int
     top_in_embedding: float
+    histogram: list[int]
 
 
 def laws_of(evidence: Evidence) -> Laws:
@@ -68,7 +78,12 @@ def laws_of(evidence: Evidence) -> Laws:
         law = (float("nan"),) * 4 + ({},)
     embedding = word_embedding(pair)
     cut = select.threshold(pair.names, values, round(0.99 * pair.numel)).value
-    tops = {name: int((values(name) > cut).sum()) for name in pair.names}
+    tops: dict[str, int] = {}
+    histogram = torch.zeros(len(EDGES) - 1, dtype=torch.int64)
+    for name in pair.names:
+        r = values(name)
+        tops[name] = int((r > cut).sum())
+        histogram += counted(r)
     return Laws(
         spearman(pair.names, both),
         *law,
@@ -77,4 +92,39 @@ def laws_of(evidence: Evidence) -> Laws:
         flat=sum(int((curvature[name] == 0).sum()) for name in pair.names),
         neutral=neutral,
         top_in_embedding=tops.get(embedding or "", 0) / max(1, sum(tops.values())),
+        histogram=histogram.tolist(),
     )
+
+
+def counted(r: Tensor) -> Int[Tensor, " bins"]:
+    """How many of the indicators above 0 lie between each two of `EDGES`.
+
+    Args:
+        r: of any shape, 0 or more.
+    """
+    places = ((r[r > 0].double().log10() - LOWEST) * A_DECADE).floor().long()
+    bins = len(EDGES) - 1
+    return places.clamp(0, bins - 1).bincount(minlength=bins).cpu()
+
+
+def scales(histogram: Sequence[int], dimensions: int, rho: float) -> tuple[float, float]:
+    """k_C and k_P, the means of the rho * d smallest r and of the rest, as near as a histogram tells.
+
+    Args:
+        histogram: counts between `EDGES`; what is missing of all dimensions has r = 0.
+        dimensions: d.
+        rho: the share that is kept.
+
+    Returns:
+        0 where a part holds nothing but r = 0, or nothing at all.
+    """
+    clean = round(rho * dimensions)
+    left = max(0, clean - (dimensions - sum(histogram)))
+    below = above = 0.0
+    for count, low, high in zip(histogram, EDGES, EDGES[1:], strict=False):
+        taken = min(count, left)
+        left -= taken
+        mean = (high - low) / math.log(high / low)  # of values spread evenly over the logarithm
+        below += taken * mean
+        above += (count - taken) * mean
+    return below / max(1, clean), above / max(1, dimensions - clean)
