@@ -16,8 +16,8 @@ from finepurify.strategies import Evidence, difference, scores, word_embedding
 #: What the theory says of them.
 THEORY = {"log_sd": LOG_SD, "median_over_mean": MEDIAN}
 
-#: Edges of the histogram of r: quarters of decades. What lies beyond is counted in the first or last.
-LOWEST, HIGHEST, A_DECADE = -20, 20, 4
+#: Edges of the histogram of r: tenths of decades. What lies beyond is counted in the first or last.
+LOWEST, HIGHEST, A_DECADE = -16, 14, 10
 EDGES = tuple(10.0 ** (n / A_DECADE) for n in range(LOWEST * A_DECADE, HIGHEST * A_DECADE + 1))
 
 

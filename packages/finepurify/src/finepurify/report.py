@@ -40,7 +40,7 @@ KINDS: Mapping[str, str] = {
     "key": r"\bkey|k_proj|k_lin|\.k\.",
     "value": r"value|v_proj|v_lin|\.v\.",
     "attention output": r"att.*(output|dense|(out|o|c)_proj|out_lin|\bwo\b|\.o\.)",
-    "intermediate": r"intermediate|up_proj|gate|lin1|c_fc|fc1|fc_in|h_to_4h\b(?<!4h_to_h)|\bwi",
+    "intermediate": r"intermediate|up_proj|gate|lin1|c_fc|fc1|fc_in|h_to_4h|\bwi",
     "output": r"output|down_proj|lin2|c_proj|fc2|fc_out|4h_to_h|\bwo\b",
     "other": "",
 }
@@ -94,33 +94,39 @@ def frontier_figure(
         x: column of the accuracy.
         alone: the strategy drawn as a star: fine-tuning alone.
     """
-    figure, axes = _axes()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     there = [row for row in rows if row.get(metric) is not None and row.get(x) is not None]
     names = dict.fromkeys(row["strategy"] for row in there if row["strategy"] != alone)
     for number, name in enumerate(names):
         some = sorted((row for row in there if row["strategy"] == name), key=_rho, reverse=True)
-        axes.plot([r[x] for r in some], [r[metric] for r in some], label=_words(some), **_style(number))
+        for axes, column in ((left, x), (right, "rho")):
+            places = [row[column] for row in some]
+            axes.plot(places, [row[metric] for row in some], label=name, **_style(number))
     for row in there:
         if row["strategy"] == alone:
-            axes.plot(row[x], row[metric], "k*", markersize=13, linestyle="", label="fine-tuning alone")
-    axes.set(xlabel=f"{x} in %", ylabel=f"{metric} in %", ylim=(-3, 103))
-    if metric == "BACC":
-        axes.set_ylim(auto=True)
+            for axes, column in ((left, x), (right, "rho")):
+                axes.plot(row[column], row[metric], "k*", markersize=13, linestyle="", zorder=3,
+                          label="fine-tuning alone")  # fmt: skip
+    if shares := [row[x] for row in there]:  # a narrower range would make much of chance
+        middle, half = (min(shares) + max(shares)) / 2, max(2.5, 0.55 * (max(shares) - min(shares)))
+        left.set_xlim(middle - half, middle + half)
+    left.set(xlabel=f"{x} in %", ylabel=f"{metric} in %")
+    right.set_xlabel("rho, the share that is kept")
+    if metric == "ASR":
+        left.set_ylim(-4, 106)
     corner = "lower right" if metric == "ASR" else "upper right"
-    axes.set_title(f"better: {corner}", fontsize=9, loc="right")
-    axes.grid(alpha=0.3)
-    _legend(axes)
+    left.set_title(f"better: {corner}", fontsize=9, loc="right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    _legend(right)
     return figure
 
 
 def _rho(row: Mapping[str, Any]) -> float:
     return row["rho"] if row["rho"] is not None else -math.inf
-
-
-def _words(some: Rows) -> str:
-    """A strategy with the values of rho along its line."""
-    ends = dict.fromkeys(f"{row['rho']:g}" for row in (some[0], some[-1]) if row["rho"] is not None)
-    return f"{some[0]['strategy']} (rho {' to '.join(ends)})"
 
 
 def rho_figure(rows: Rows, floor: float | None, chosen: Mapping[str, float | None]) -> "Figure":
@@ -133,6 +139,7 @@ def rho_figure(rows: Rows, floor: float | None, chosen: Mapping[str, float | Non
     """
     figure, axes = _axes()
     names = dict.fromkeys(row["strategy"] for row in rows if row["strategy"] != "none")
+    circles = []
     for number, name in enumerate(names):
         some = sorted((row for row in rows if row["strategy"] == name), key=_rho)
         places, shares = [row["rho"] for row in some], [row["ACC"] for row in some]
@@ -147,8 +154,10 @@ def rho_figure(rows: Rows, floor: float | None, chosen: Mapping[str, float | Non
             axes.fill_between(places, low, high, alpha=0.06, color=style["color"])
         best = next((row for row in some if row["rho"] == chosen.get(name)), None)
         if best:
-            label = "chosen" if name == next(n for n in names if chosen.get(n) is not None) else None
-            axes.plot(best["rho"], best["ACC"], "ko", markersize=12, fillstyle="none", label=label)
+            circles.append(best)
+    if circles:
+        axes.plot([row["rho"] for row in circles], [row["ACC"] for row in circles], "ko",
+                  markersize=12, fillstyle="none", linestyle="", label="chosen")  # fmt: skip
     for row in rows:
         if row["strategy"] == "none":
             axes.axhline(row["ACC"], color="grey", linewidth=1, label="fine-tuning alone")
@@ -181,11 +190,13 @@ def histogram_figure(laws: Mapping[str, Any], rho: float) -> "Figure":
         if k > 0 and weight > 0:
             # the density of log r is r times that of r; a bar is a bin wide
             law = np.sqrt(r / (2 * np.pi * k)) * np.exp(-r / (2 * k)) * np.log(edges[1] / edges[0])
-            axes.plot(r, 100 * weight * law, line, label=f"{name}: {weight:.3g} of all, k = {k:.2g}")
-    there = np.flatnonzero(counts)
+            axes.plot(
+                r, 100 * weight * law, line, label=f"{name}: {weight:.3g} of all, k = {k:.2g}"
+            )
+    there = np.flatnonzero(share > 0.01)
     first, last = (there[0], there[-1] + 1) if len(there) else (0, len(counts))
     axes.set_xscale("log")
-    axes.set(xlabel="indicator r (no damping but epsilon)", ylabel="% of dimensions a quarter decade",
+    axes.set(xlabel="indicator r (no damping but epsilon)", ylabel="% of dimensions a tenth of a decade",
              xlim=(edges[max(0, first - 1)], edges[min(len(counts), last + 3)]))  # fmt: skip
     _legend(axes)
     return figure
@@ -234,14 +245,18 @@ def heat_figure(tensors: Rows, label: str = "reset") -> "Figure":
             axes.text(column, line, _short(share), ha="center", va="center", fontsize=7,
                       color="white" if dark else "black")  # fmt: skip
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    axes.set_xticks(range(len(layers)), ["none" if n is None else str(n) for n in layers], fontsize=8)
+    axes.set_xticks(
+        range(len(layers)), ["none" if n is None else str(n) for n in layers], fontsize=8
+    )
     axes.set(xlabel="layer", title=f"% {label}")
     image.axes.tick_params(length=0)
     return figure
 
 
 def _short(share: float) -> str:
-    return "0" if share == 0 else "<0.1" if share < 0.1 else f"{share:.2g}" if share < 99.5 else "100"
+    return (
+        "0" if share == 0 else "<0.1" if share < 0.1 else f"{share:.2g}" if share < 99.5 else "100"
+    )
 
 
 def calibration_figure(bins: Rows) -> "Figure":
@@ -253,7 +268,9 @@ def calibration_figure(bins: Rows) -> "Figure":
     figure, axes = _axes(5.0, 4.0)
     there = [row for row in bins if row["dimensions"]]
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="calibrated")
-    axes.plot([row["p"] for row in there], [row["clean"] for row in there], "C0o-", label="measured")
+    axes.plot(
+        [row["p"] for row in there], [row["clean"] for row in there], "C0o-", label="measured"
+    )
     for row in there:
         axes.annotate(f"{row['dimensions']:,}", (row["p"], row["clean"]), fontsize=7,
                       xytext=(4, -9), textcoords="offset points")  # fmt: skip
@@ -352,7 +369,9 @@ def _premises(report: Report, laws: Mapping[str, Any], rho: float | None) -> Non
     )
     if rho is not None and sum(laws["histogram"]):
         zeros = laws["dimensions"] - sum(laws["histogram"])
-        report.figure(f"Indicators r, and both Gamma laws at rho = {rho:g}", histogram_figure(laws, rho))
+        report.figure(
+            f"Indicators r, and both Gamma laws at rho = {rho:g}", histogram_figure(laws, rho)
+        )
         report.text(
             f"{zeros} dimensions have r = 0 (unmoved or neutral); a logarithm cannot show them, while the curves are "
             "of all dimensions."
@@ -416,7 +435,9 @@ def scan_report(found: "ScanReport", pair: "WeightPair", init: str, suspect: str
                 "rows)",
                 heat_figure(rows, "among the highest 1 %"),
             )
-            inside = sum(r["top share"] for r in rows if kind_of(r["tensor"])[0] == "word embedding")
+            inside = sum(
+                r["top share"] for r in rows if kind_of(r["tensor"])[0] == "word embedding"
+            )
             report.text(
                 f"{100 * inside:.1f} % of that 1 % lie in the word embedding: rows of words, not layers."
             )
@@ -579,11 +600,15 @@ def joint_report(folders: Sequence[Path]) -> tuple[Report, list[Row]]:
     ]
     if differ:
         report.table("Options in which the runs differ", differ)
-        report.text("Where models or rows differ, numbers of different runs cannot be set side by side.")
+        report.text(
+            "Where models or rows differ, numbers of different runs cannot be set side by side."
+        )
     for metric in ("ASR", "BACC"):
         judged = [r | {"strategy": f"{r['run']}: {r['strategy']}"} for r in rows if metric in r]
         if judged:
-            report.figure(f"Accuracy and {metric} on test rows", frontier_figure(judged, metric, "ACC"))
+            report.figure(
+                f"Accuracy and {metric} on test rows", frontier_figure(judged, metric, "ACC")
+            )
     for name, (options, result) in runs.items():
         report.heading(name)
         own = {row["strategy"]: row["rho"] for row in rows if row["run"] == name}
@@ -627,5 +652,9 @@ def _rows(name: str, options: Mapping[str, Any], result: Mapping[str, Any]) -> l
     row: Row = {"run": name, "suspect": suspect, "strategy": options.get("strategy")}
     row |= {"rho": result["rho"], "reset": int(result["numbers"]["reset"])}
     if result["accuracy"]:
-        row |= {"held ACC": result["accuracy"][1], "floor": result["floor"], "floor kept": result["met"]}
+        row |= {
+            "held ACC": result["accuracy"][1],
+            "floor": result["floor"],
+            "floor kept": result["met"],
+        }
     return [row]
