@@ -345,7 +345,10 @@ def test_settings_are_told(pair, cleaned):
         indicator=IndicatorConfig(damping="tensor-mean", damping_share=0.3, epsilon=1e-6),
         purify=PurifyConfig(mode="posterior"),
     )
+    cleaned.numbers["mean p"] = 0.75
     words = page(purify_report(cleaned, pair, settings, 1, 1))
+    assert "%) more than half of the way back to" in words
+    assert "The posterior weighs every dimension" in words
     assert "epsilon 1e-06 and 0.3 of its tensor-mean added to H" in words
     assert "mode posterior, scope global" in words
 

@@ -67,7 +67,7 @@ def laws_of(evidence: Evidence) -> Laws:
         return difference(pair.read(name)).square(), curvature[name]
 
     neutral = sum(
-        int(neutral_mask(name, *pair.suspect.shape(name), evidence.architecture).sum())
+        int(neutral_mask(name, pair.suspect.numel(name), evidence.architecture).sum())
         for name in pair.names
         if len(pair.suspect.shape(name)) == 1
     )
@@ -75,7 +75,7 @@ def laws_of(evidence: Evidence) -> Laws:
         fit = gamma_fit(pair.names, measurable)
         law = (fit.log_sd, fit.median_over_mean, fit.ks_distance, fit.k, fit.per_tensor)
     except ValueError:  # nothing that moved has curvature
-        law = (float("nan"),) * 4 + ({},)
+        law = (math.nan, math.nan, math.nan, math.nan, {})
     embedding = word_embedding(pair)
     cut = select.threshold(pair.names, values, round(0.99 * pair.numel)).value
     tops: dict[str, int] = {}

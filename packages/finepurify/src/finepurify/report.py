@@ -1,7 +1,7 @@
 """What a command found as a page: plain words, tables, and the figures that the demo draws too.
 
-A defender knows accuracy on clean rows, and nothing else decides anything; how often an attack succeeds takes
-the attack. Every page keeps the two apart, and says what was not touched.
+A defender knows accuracy on clean rows, and nothing else decides anything; how often an attack
+succeeds takes the attack. Every page keeps the two apart, and says what was not touched.
 """
 
 import json
@@ -33,7 +33,7 @@ Rows = Sequence[Mapping[str, Any]]
 #: How names of tensors tell what a tensor does, across architectures; the first that fits.
 KINDS: Mapping[str, str] = {
     "norms": r"norm|(^|\.)ln_",
-    "word embedding": r"word_embeddings|embed_tokens|(^|\.)wte\.|tok_embeddings|embed_in\.|(^|\.)shared\.",
+    "word embedding": r"(word|tok)_embeddings|embed_tokens|(^|\.)(wte|shared)\.|embed_in\.",
     "other embeddings": r"embed|(^|\.)wpe\.",
     "query+key+value": r"query_key_value|c_attn|qkv",
     "query": r"query|q_proj|q_lin|\.q\.",
@@ -46,13 +46,15 @@ KINDS: Mapping[str, str] = {
 }
 
 UNKNOWN = (
-    "What a defender can know is accuracy on clean rows; it alone chose rho. What a defender cannot know is how "
-    "often an attack still succeeds (ASR), or how much a bias still costs (BACC): both take the attacker's pattern."
+    "What a defender can know is accuracy on clean rows; it alone may choose rho. What a defender "
+    "cannot know is how often an attack still succeeds (ASR), or how much a bias still costs "
+    "(BACC): both take the attacker's pattern."
 )
 READING = (
-    "Of the paper its body was not available to us. That drift is compared with curvature, r = delta^2 / H, and that "
-    "p(clean | r) follows from two Gamma laws is our reading of it; where H is estimated, how it is damped, that a "
-    "threshold is the default and how rho is chosen are our decisions. No number on this page is the paper's."
+    "Of the paper its body was not available to us. That drift is compared with curvature, r = "
+    "delta^2 / H, and that p(clean | r) follows from two Gamma laws is our reading of it; where H "
+    "is estimated, how it is damped, that a threshold is the default and how rho is chosen are "
+    "our decisions. No number on this page is the paper's."
 )
 
 
@@ -86,10 +88,10 @@ def _style(number: int) -> dict[str, Any]:
 def frontier_figure(
     rows: Rows, metric: str = "ASR", x: str = "test ACC", alone: str = "none"
 ) -> "Figure":
-    """What each strategy pays and gets over rho: accuracy against attack success or accuracy under bias.
+    """What each strategy pays and gets over rho: accuracy against ASR, or accuracy under bias.
 
     Args:
-        rows: with `strategy`, `rho`, the metric and the accuracy, in percent; a row without is left out.
+        rows: with `strategy`, `rho`, the metric and the accuracy, in percent; others are left out.
         metric: `ASR` (low is good) or `BACC` (high is good).
         x: column of the accuracy.
         alone: the strategy drawn as a star: fine-tuning alone.
@@ -130,7 +132,7 @@ def _rho(row: Mapping[str, Any]) -> float:
 
 
 def rho_figure(rows: Rows, floor: float | None, chosen: Mapping[str, float | None]) -> "Figure":
-    """Accuracy on the held-out rows over rho, the floor, and what was chosen: all that a defender sees.
+    """Held-out accuracy over rho, the floor, and what was chosen: all that a defender sees.
 
     Args:
         rows: of a sweep: `strategy`, `rho`, `ACC` with `low` and `high`, in percent.
@@ -260,7 +262,7 @@ def _short(share: float) -> str:
 
 
 def calibration_figure(bins: Rows) -> "Figure":
-    """How many dimensions are truly clean among those with a given posterior, where the truth is known.
+    """How many dimensions are truly clean among those of one posterior, where the truth is known.
 
     Args:
         bins: `p` (mean posterior p(clean | r)), `clean` (the true share), `dimensions`.
@@ -314,7 +316,7 @@ def laws_rows(laws: Mapping[str, Any]) -> list[Row]:
         row("k, mean of r", laws["k"], "", "how fast fine-tuning drifted"),
         count("dimensions that never moved", "unmoved", "resetting them changes nothing"),
         count("dimensions with H = 0", "flat", "clean rows do not use them: epsilon decides their r"),
-        count("neutral dimensions", "neutral", "attention key biases, kept: nothing can be told of them"),
+        count("neutral dimensions", "neutral", "attention key biases, kept: they change nothing"),
         row("% of the top 1 % of r in the word embedding", 100 * laws["top_in_embedding"], "",
             "these are rows of words, not layers"),
     ]  # fmt: skip
@@ -334,8 +336,9 @@ def _untouched(report: Report, pair: "WeightPair") -> None:
             reasons.setdefault(reason, []).append(name)
     if reasons:
         report.text(
-            "These tensors of the suspect were neither compared nor reset. A head has no counterpart in INIT: it is "
-            "the attacker's, and only fine-tuning on clean rows goes over it."
+            "These tensors of the suspect were neither compared nor reset. A head has no "
+            "counterpart in INIT: it is the attacker's, and only fine-tuning on clean rows goes "
+            "over it."
         )
         report.table(
             "Kept as they came",
@@ -364,8 +367,9 @@ def _premises(report: Report, laws: Mapping[str, Any], rho: float | None) -> Non
     report.heading("Do the theory's premises hold?")
     report.table("Drift, curvature and the law of r", laws_rows(laws))
     report.text(
-        f"{100 * laws['top_in_embedding']:.1f} % of the highest 1 % of r lie in the word embedding. The larger this "
-        "is, the less it may be said that layers were cleaned: rows of single words were."
+        f"{100 * laws['top_in_embedding']:.1f} % of the highest 1 % of r lie in the word "
+        "embedding. The larger this is, the less it may be said that layers were cleaned: rows of "
+        "single words were."
     )
     if rho is not None and sum(laws["histogram"]):
         zeros = laws["dimensions"] - sum(laws["histogram"])
@@ -373,8 +377,8 @@ def _premises(report: Report, laws: Mapping[str, Any], rho: float | None) -> Non
             f"Indicators r, and both Gamma laws at rho = {rho:g}", histogram_figure(laws, rho)
         )
         report.text(
-            f"{zeros} dimensions have r = 0 (unmoved or neutral); a logarithm cannot show them, while the curves are "
-            "of all dimensions."
+            f"{zeros} dimensions have r = 0 (unmoved or neutral); a logarithm cannot show them, "
+            "while the curves are of all dimensions."
         )
 
 
@@ -384,7 +388,8 @@ def _shares(report: Report, pair: "WeightPair", over: str) -> None:
     of = "those that moved" if over == "moved" else "all compared dimensions"
     report.text(
         f"rho is a share of {of}. {pair.numel} dimensions were compared; {still} of them "
-        f"({100 * still / pair.numel:.1f} %) never moved in fine-tuning, and resetting those changes nothing."
+        f"({100 * still / pair.numel:.1f} %) never moved in fine-tuning, and resetting those "
+        "changes nothing."
     )
 
 
@@ -396,9 +401,11 @@ def _reading(report: Report, settings: "Settings") -> None:
     if indicator.damping != "absolute":
         damping += f" and {indicator.damping_share:g} of its {indicator.damping}"
     report.text(
-        f"This run: {fisher.fisher} Fisher diagonal at {', '.join(f'{p:g}' for p in fisher.points)} of the way from "
-        f"INIT to the suspect; {damping} added to H, to the power of {indicator.exponent:g}; mode {purify.mode}, "
-        f"scope {purify.scope}; fine-tuning of {settings.tune.steps} steps at {settings.tune.learning_rate:g}."
+        f"This run: {fisher.fisher} Fisher diagonal at "
+        f"{', '.join(f'{p:g}' for p in fisher.points)} of the way from INIT to the suspect; "
+        f"{damping} added to H, to the power of {indicator.exponent:g}; mode {purify.mode}, scope "
+        f"{purify.scope}; fine-tuning of {settings.tune.steps} steps at "
+        f"{settings.tune.learning_rate:g}."
     )
 
 
@@ -418,8 +425,8 @@ def scan_report(found: "ScanReport", pair: "WeightPair", init: str, suspect: str
     report.text(f"{'Something' if found.verdict else 'Nothing'} stands out: {found.reason}.")
     report.text(found.warning)
     report.text(
-        f"Compared with {init}, weight by weight. Nothing was changed, and no trigger was tried: the most this page "
-        "can name is where to look."
+        f"Compared with {init}, weight by weight. Nothing was changed, and no trigger was tried: "
+        "the most this page can name is where to look."
     )
     _shares(report, pair, "all")
     if found.tokens:
@@ -431,7 +438,8 @@ def scan_report(found: "ScanReport", pair: "WeightPair", init: str, suspect: str
             top = 0.01 * sum(row["dimensions"] for row in found.layers)
             rows = [row | {"reset": row["top share"] * top} for row in found.layers]
             report.figure(
-                "Share of each module that is among the 1 % of dimensions with the highest r (delta^2 without clean "
+                "Share of each module that is among the 1 % of dimensions with the highest r "
+                "(delta^2 without clean "
                 "rows)",
                 heat_figure(rows, "among the highest 1 %"),
             )
@@ -439,7 +447,8 @@ def scan_report(found: "ScanReport", pair: "WeightPair", init: str, suspect: str
                 r["top share"] for r in rows if kind_of(r["tensor"])[0] == "word embedding"
             )
             report.text(
-                f"{100 * inside:.1f} % of that 1 % lie in the word embedding: rows of words, not layers."
+                f"{100 * inside:.1f} % of that 1 % lie in the word embedding: rows of words, not "
+                "layers."
             )
         report.table("Tensors", found.layers)
     _untouched(report, pair)
@@ -461,21 +470,22 @@ def purify_report(
     strategy = settings.purify.strategy
     report = Report(f"Purified: {pair.suspect.source}")
     reset = int(done.numbers["reset"])
+    way = " more than half of the way" if "mean p" in done.numbers else ""
     report.text(
         f"{strategy} at rho = {done.rho:g} set {reset} of {pair.numel} compared dimensions "
-        f"({100 * reset / pair.numel:.2f} %) back to {pair.init.source}, or more than half of the way, and "
+        f"({100 * reset / pair.numel:.2f} %){way} back to {pair.init.source}, and "
         f"{settings.tune.steps} steps of fine-tuning on {n_clean} clean rows followed."
     )
     if not done.met:
         report.text(
-            f"No rho that was tried keeps the accuracy floor of {done.floor:.1f} %. What costs least accuracy was "
-            "written; do not take it for a success."
+            f"No rho that was tried keeps the accuracy floor of {done.floor:.1f} %. What costs "
+            "least accuracy was written; do not take it for a success."
         )
     report.heading("What was known, and what was not")
     report.text(UNKNOWN)
     report.text(
-        "So nothing here shows that the attack is gone. Test the model with whatever trigger you suspect: "
-        "finepurify evaluate MODEL --known-attack."
+        "So nothing here shows that the attack is gone. Test the model with whatever trigger you "
+        "suspect: finepurify evaluate MODEL --known-attack."
     )
     row: Row = {"strategy": strategy, "rho": done.rho} | done.numbers | {"reset": reset}
     if done.accuracy:
@@ -490,28 +500,35 @@ def purify_report(
         )
         report.table("Every rho that was tried", done.rows)
         report.text(
-            "The chosen rho is the smallest above the floor, so its own accuracy is a little flattered: rows that "
-            "nothing was chosen on would tell it fairly."
+            "The chosen rho is the smallest above the floor, so its own accuracy is a little "
+            "flattered: rows that nothing was chosen on would tell it fairly."
         )
     else:
         report.text("rho was given, not chosen: no accuracy was measured.")
     if done.tensors:
-        _places(report, done.tensors, reset)
+        _places(report, done)
     _untouched(report, pair)
     _premises(report, done.laws, done.rho)
     _reading(report, settings)
     return report
 
 
-def _places(report: Report, tensors: Rows, reset: int) -> None:
+def _places(report: Report, done: "Cleaned") -> None:
     """Where the reset dimensions lie."""
     report.heading("Where it was reset")
+    if "mean p" in done.numbers:
+        report.text(
+            "The posterior weighs every dimension and cuts none off; what follows counts the share "
+            "1 - rho with the highest r, which it sets back furthest."
+        )
+    tensors = done.tensors
     total = max(1, sum(row["reset"] for row in tensors))
     words = [row for row in tensors if kind_of(row["tensor"])[0] == "word embedding"]
     inside = 100 * sum(row["reset"] for row in words) / total
     size = 100 * sum(row["dimensions"] for row in words) / sum(row["dimensions"] for row in tensors)
     report.text(
-        f"{inside:.1f} % of what was reset lie in the word embedding, which holds {size:.1f} % of the dimensions. "
+        f"{inside:.1f} % of what was reset lie in the word embedding, which holds {size:.1f} % of "
+        "the dimensions. "
         + ("To say that layers were cleaned would be wrong: rows of words were."
            if inside >= 50 else "The rest lies in the layers and other tables.")
     )  # fmt: skip
@@ -539,16 +556,16 @@ def compare_report(
     else:
         trigger = ", ".join(repr(words) for words in pattern.trigger)
         report.text(
-            f"The pattern of this study ({pattern.attack}: {trigger}, class {pattern.target}) was looked at only "
-            "after every rho had been chosen."
+            f"The pattern of this study ({pattern.attack}: {trigger}, class {pattern.target}) was "
+            "looked at only after every rho had been chosen."
         )
     if found.before:
         report.table("The suspect as it came", [found.before])
     report.table("Each strategy at its chosen rho", found.chosen)
     if any(str(name).startswith("p against ") for row in found.chosen for name in row):
         report.text(
-            "p: of McNemar's exact test, that both are right (or withstand) on the same texts equally often. A row "
-            "without rho: none keeps the floor."
+            "p: of McNemar's exact test, that both are right (or withstand) on the same texts "
+            "equally often. A row without rho: none keeps the floor."
         )
     metric = _metric(found.chosen)
     if metric:
