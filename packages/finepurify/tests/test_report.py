@@ -10,20 +10,22 @@ import pytest
 import torch
 import yaml
 from finepurify.config import AttackConfig, IndicatorConfig, PurifyConfig, SweepConfig
+from finepurify.figures import (
+    calibration_figure,
+    frontier_figure,
+    heat_figure,
+    histogram_figure,
+    kind_of,
+    rho_figure,
+)
 from finepurify.indicator import LOG_SD, MEDIAN, split_means
 from finepurify.laws import EDGES, counted, laws_of, scales
 from finepurify.pairing import WeightPair
 from finepurify.report import (
-    calibration_figure,
     compare_report,
-    frontier_figure,
-    heat_figure,
-    histogram_figure,
     joint_report,
-    kind_of,
     laws_rows,
     purify_report,
-    rho_figure,
     scan_report,
 )
 from finepurify.stations import Cleaned, Comparison, Settings
