@@ -58,7 +58,7 @@ def row(strategy, rho, accuracy, **more):
 SWEEP = [
     row("none", 1.0, 96.0),
     row("fine-purifying", 0.9, 95.5, reset=5.0),
-    row("fine-purifying", 0.5, 93.0, reset=25.0),
+    row("fine-purifying", 0.5, 93.0, reset=12345.0),
 ]
 
 
@@ -319,6 +319,8 @@ def test_purify_page(pair, cleaned):
     assert len(report.images) == 3
     assert "| fine-purifying | 0.5 |" in words
     assert "| 97 | 93 | 92 | yes |" in words
+    assert "| fine-purifying | 0.5 | 93 | 90 | 95 | 12345 |" in words
+    assert "a little flattered" in words
 
 
 def test_purify_page_of_a_given_rho_and_of_no_success(pair, cleaned):
@@ -333,6 +335,7 @@ def test_purify_page_of_a_given_rho_and_of_no_success(pair, cleaned):
     failed = page(purify_report(replace(cleaned, met=False), pair, Settings(), 48, 16))
     assert "No rho that was tried keeps the accuracy floor of 92.0 %" in failed
     assert "| no |" in failed
+    assert "flattered" not in failed
     elsewhere = replace(cleaned, tensors=[
         {"tensor": WORDS, "dimensions": 30, "reset": 0},
         {"tensor": f"{QUERY}.weight", "dimensions": 9, "reset": 9},

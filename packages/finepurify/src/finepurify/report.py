@@ -39,7 +39,7 @@ UNKNOWN = (
     "(BACC): both take the attacker's pattern."
 )
 READING = (
-    "Of the paper its body was not available to us. That drift is compared with curvature, r = "
+    "The body of the paper was not available to us. That drift is compared with curvature, r = "
     "delta^2 / H, and that p(clean | r) follows from two Gamma laws is our reading of it; where H "
     "is estimated, how it is damped, that a threshold is the default and how rho is chosen are "
     "our decisions. No number on this page is the paper's."
@@ -89,6 +89,11 @@ def laws_rows(laws: Mapping[str, Any]) -> list[Row]:
 def _names(names: Sequence[str], most: int = 6) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _counted(rows: Rows) -> list[Row]:
+    """Rows in which what was reset is a count, to be shown to the last digit."""
+    return [dict(row) | ({"reset": int(row["reset"])} if "reset" in row else {}) for row in rows]
 
 
 def _untouched(report: Report, pair: "WeightPair") -> None:
@@ -262,11 +267,12 @@ def purify_report(
             f"Accuracy on {n_held} held-out rows over rho, with 95 % intervals",
             rho_figure(done.rows, done.floor, {strategy: done.rho}),
         )
-        report.table("Every rho that was tried", done.rows)
-        report.text(
-            "The chosen rho is the smallest above the floor, so its own accuracy is a little "
-            "flattered: rows that nothing was chosen on would tell it fairly."
-        )
+        report.table("Every rho that was tried", _counted(done.rows))
+        if done.met:
+            report.text(
+                "The chosen rho is the smallest above the floor, so its own accuracy is a little "
+                "flattered: rows that nothing was chosen on would tell it fairly."
+            )
     else:
         report.text("rho was given, not chosen: no accuracy was measured.")
     if done.tensors:
@@ -325,7 +331,7 @@ def compare_report(
         )
     if found.before:
         report.table("The suspect as it came", [found.before])
-    report.table("Each strategy at its chosen rho", found.chosen)
+    report.table("Each strategy at its chosen rho", _counted(found.chosen))
     if any(str(name).startswith("p against ") for row in found.chosen for name in row):
         report.text(
             "p: of McNemar's exact test, that both are right (or withstand) on the same texts "
@@ -342,7 +348,7 @@ def compare_report(
     picked = {row["strategy"]: row["rho"] for row in found.chosen}
     floor = floor_of(found.rows, settings.sweep.drop)
     report.figure("Accuracy on held-out rows over rho", rho_figure(found.rows, floor, picked))
-    report.table("Every rho that was tried", found.rows)
+    report.table("Every rho that was tried", _counted(found.rows))
     _untouched(report, pair)
     _premises(report, found.laws, picked.get("fine-purifying"))
     _reading(report, settings)
