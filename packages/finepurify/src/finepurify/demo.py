@@ -37,7 +37,8 @@ from finepurify.experiment import (
     variant,
 )
 from finepurify.language import language
-from finepurify.report import frontier_figure, histogram_figure, laws_rows
+from finepurify.figures import frontier_figure, histogram_figure
+from finepurify.report import laws_rows
 from finepurify.sweep import Row, choose
 from finepurify.world import Sizes, World, real, topics
 
