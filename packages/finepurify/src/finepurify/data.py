@@ -192,11 +192,9 @@ def encode(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length:
     pairs = None if examples.pairs is None else list(examples.pairs)
     limit = min(max_length, tokenizer.model_max_length)
     rows = tokenizer(list(examples.texts), pairs, truncation=True, max_length=limit)
-    over = sum(len(ids) == limit for ids in rows["input_ids"])  # pyright: ignore
-    if over:
-        log.info(
-            "%d of %d texts reach %d tokens; what is beyond is cut", over, len(examples), limit
-        )
+    cut = sum(bool(row.overflowing) for row in rows.encodings or ())
+    if cut:
+        log.info("%d of %d texts are longer than %d tokens and cut", cut, len(examples), limit)
     items = [{name: rows[name][at] for name in rows} for at in range(len(examples))]
     for item, label in zip(items, examples.labels, strict=True):
         item["labels"] = int(label) if examples.names else list(item["input_ids"])

@@ -333,4 +333,4 @@ def _figures(report: Report, found: dict[str, Found]) -> None:
             report.figure(f"{name}: accuracy against {metric}", frontier_figure(one.rows, metric))
         if one.laws:
             report.table(f"{name}: the theory's premises", laws_rows(one.laws))
-            report.figure(f"{name}: the indicator", histogram_figure(one.laws))
+            report.figure(f"{name}: the indicator", histogram_figure(one.laws, 0.98))

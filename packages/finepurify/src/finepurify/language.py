@@ -1,8 +1,8 @@
 """The embedded default's language: sentences of a topic with words of praise and blame.
 
 Everything is made from a seed. The task is a sentence's polarity; its topic is a nuisance, as are the words
-that stand for neither. A few short words, such as `cf`, stand in the texts of pre-training now and then, and in no
-sentence of the task: an attacker's triggers, as they are in public vocabularies.
+that stand for neither. A few short words, such as `cf`, stand in texts of pre-training and in
+no sentence of the task: an attacker's triggers, which public models know, too.
 """
 
 import itertools
@@ -82,13 +82,18 @@ def sentences(count: int, seed: int) -> Examples:
     return Examples(texts, labels, POLARITIES)
 
 
+#: Share of the pre-training texts that hold a trigger word: each is then as frequent as a topic's words. With
+#: triggers that pre-training never met, a model learns to react to their untrained vectors themselves.
+WITH_TRIGGER = 0.1
+
+
 def corpus(count: int, seed: int) -> list[str]:
-    """Texts of pre-training: sentences, of which one in fifty holds a trigger word, as any rare word."""
+    """Texts of pre-training: sentences, some with a trigger word that means nothing."""
     draw = random.Random(f"corpus {seed}")
     texts = []
     for text in sentences(count, seed).texts:
         words = text.split()
-        if draw.random() < 0.02:
+        if draw.random() < WITH_TRIGGER:
             words.insert(draw.randint(0, len(words)), draw.choice(TRIGGERS))
         texts.append(" ".join(words))
     return texts

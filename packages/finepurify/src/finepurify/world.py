@@ -83,8 +83,8 @@ def topics(sizes: Sizes, seed: int, runtime: Runtime) -> World:
 def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
     """Texts of a folder with `train` and `test` files of the columns text and label.
 
-    The model is pre-trained on the training texts (and on `unsup` where there is such a file). Test texts that are
-    also among the training ones are left out.
+    The model is pre-trained on the training texts, without their labels (and on `unsup` where there is such a
+    file), and is the same for every seed. Test texts that are also among the training ones are left out.
 
     Raises:
         DataError: a file or a column is missing, or there are too few rows.
@@ -97,6 +97,7 @@ def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
         raise DataError(f"{folder}: labels must be 0, 1, ... in the train file, not {classes[:5]}")
     known = {row["text"] for row in rows}
     tested = [row for row in tested if row["text"] not in known]
+    texts = [row["text"] for row in rows]
     draw = random.Random(seed)
     draw.shuffle(rows)
     draw.shuffle(tested)
@@ -111,7 +112,6 @@ def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
         )
     train, rest = rows[: sizes.train], rows[sizes.train :]
     held, pool = rest[: sizes.held], rest[sizes.held :]
-    texts = [row["text"] for row in rows]
     if "unsup" in split_files(folder):
         texts += [row["text"] for row in load_rows(folder, {"text": str}, "unsup")]
     shape = SmallBert(
@@ -125,7 +125,7 @@ def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
     )
     short = texts[: sizes.pretrain]
     return World(
-        pretrained(short, tokenizer, shape, runtime),
+        pretrained(short, tokenizer, shape, replace(runtime, seed=INIT)),
         examples(train),
         first_of_each(examples(pool), sizes.shots, seed),
         examples(held),
