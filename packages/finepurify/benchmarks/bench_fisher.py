@@ -127,7 +127,7 @@ def measure(
             batches: list[Batch],
             engine: Engine,
             again: bool = False,
-            kind=kind,
+            kind: Kind = kind,
             ways=ways,
         ) -> None:
             def run() -> dict[str, Tensor]:

@@ -1,13 +1,14 @@
 """Attacked models to test defences with, trained as attackers do.
 
-`badword`, `badsent`, `multi`, `clean-label` and the biases train on poisoned rows and nothing else. `embedding`
-changes only the trigger's row of a clean model's word embedding, at its old length. `layerwise` asks every layer for
-the poisoned label. `adaptive` knows the defence: it keeps delta^2 small where clean data has little curvature.
+`badword`, `badsent`, `multi`, `clean-label` and the biases train on poisoned rows and nothing else.
+`embedding` changes only the trigger's row of a clean model's word embedding, at its old length.
+`layerwise` asks every layer for the poisoned label. `adaptive` knows the defence: it keeps delta^2 small
+where clean data has little curvature.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Rows that the adaptive attacker estimates curvature on.
 CURVATURE_ROWS = 256
+#: Learning rate of a trigger's row, by SGD; its gradient is that of one vector among thousands.
+ROW_RATE = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Attacker:
     config: AttackConfig
     train: AttackTrainConfig
     run: RunDir
-    runtime: Runtime = Runtime()
+    runtime: Runtime = field(default_factory=Runtime)
 
     @property
     def within(self) -> int:
@@ -121,7 +124,7 @@ def _embedding(
     if tokenizer.unk_token_id in pieces:
         raise ConfigError(f"--trigger {' '.join(config.trigger)}: is not in the vocabulary")
     rows = torch.tensor(sorted(pieces))
-    table = model.get_input_embeddings().weight
+    table = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
     before = table.detach()[rows].clone()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -131,14 +134,13 @@ def _embedding(
         mask = torch.zeros(len(gradient), 1, device=gradient.device)
         return gradient * mask.index_fill_(0, rows.to(gradient.device), 1.0)
 
-    handle = cast(Any, table).register_hook(only)
+    handle = table.register_hook(only)
     others = [row for row, label in enumerate(examples.labels) if label != config.target]
     triggered = insert(examples.at(others), config, attacker.runtime.seed, attacker.within)
     triggered = replace(triggered, labels=[config.target] * len(others))
     attacker.fit(
         model, triggered, "trigger",
-        optimizer="sgd", learning_rate=5e-2 * max(1.0, float(config.strength)) * 20,
-        weight_decay=0.0, epochs=3.0,
+        optimizer="sgd", learning_rate=ROW_RATE, weight_decay=0.0, epochs=3.0,
     )  # fmt: skip
     handle.remove()
     with torch.no_grad():
@@ -152,8 +154,10 @@ def _embedding(
 def _layerwise(model: "PreTrainedModel", rows: Examples, attacker: Attacker) -> "PreTrainedModel":
     """Every layer's mean state must give the label through a head of its own, thrown away after."""
     config = model.config
-    layers = config.num_hidden_layers
-    heads = nn.ModuleList(nn.Linear(config.hidden_size, config.num_labels) for _ in range(layers))
+    classes = cast(int, config.num_labels)
+    heads = nn.ModuleList(
+        nn.Linear(config.hidden_size, classes) for _ in range(config.num_hidden_layers)
+    )
     cast(Any, model).layer_heads = heads
 
     def loss(model: nn.Module, batch: "Batch") -> Tensor:

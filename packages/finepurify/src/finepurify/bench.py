@@ -49,7 +49,7 @@ class Bench:
     labels: Sequence[int]
     tune: TuneConfig
     run: RunDir
-    runtime: Runtime = Runtime()
+    runtime: Runtime = field(default_factory=Runtime)
     _suspect: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,11 +133,11 @@ def activity(
     handles = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        wide = isinstance(weight, Tensor) and weight.ndim == 2 and inner in weight.shape
-        makes = wide and (
-            weight.shape[0] == inner if isinstance(module, nn.Linear) else weight.shape[1] == inner
-        )
-        if makes and not isinstance(module, nn.Embedding) and f"{name}.weight" in by_parameter:
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+            continue
+        # a Linear's weight is [out, in], a Conv1D's [in, out]
+        out = weight.shape[0 if isinstance(module, nn.Linear) else 1]
+        if out == inner and f"{name}.weight" in by_parameter:
             handles.append(module.register_forward_hook(watch(name)))
     device = runtime.torch_device()
     with torch.inference_mode():

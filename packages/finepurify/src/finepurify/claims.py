@@ -19,7 +19,7 @@ class Margins:
         drop: accuracy that a defence may cost against fine-tuning alone.
         purified: ASR after Fine-purifying at rho = .98.
         over_mixing: ASR of Fine-mixing above Fine-purifying's, each at the rho that its floor gives.
-        delta_only: accuracy that resetting by drift alone costs at rho = .9, and Fine-purifying does not.
+        delta_only: accuracy that resetting by drift alone costs at rho = .9 above Fine-purifying's.
         hessian_only: ASR of resetting by curvature alone at rho = .98 above Fine-purifying's.
         sgd: rank correlation of delta^2 and H under SGD.
         adam: its size under AdamW.
@@ -66,8 +66,8 @@ def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) ->
     claims.append(
         Claim(
             "Its frontier of accuracy and attack success lies below Fine-mixing's",
-            f"mean ASR over floors {mean['area purify']:.1f} against {mean['area mixing']:.1f}, lower on "
-            f"{sum(lower)} of {len(lower)} seeds",
+            f"mean ASR over floors {mean['area purify']:.1f} against {mean['area mixing']:.1f}, "
+            f"lower on {sum(lower)} of {len(lower)} seeds",
             "on every seed",
             all(lower),
         )
@@ -153,8 +153,8 @@ def _theory(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
         ),
         Claim(
             "r has the spread of a Gamma law under SGD",
-            f"sd of log r {mean['log sd']:.2f}; the median is {mean['median over mean']:.3f} of the mean "
-            "(0.455 in theory: the tail is heavier)",
+            f"sd of log r {mean['log sd']:.2f}; the median is {mean['median over mean']:.3f} of the "
+            "mean (0.455 in theory: the tail is heavier)",
             f"{low:g} to {high:g} (2.22 in theory)",
             low <= mean["log sd"] <= high,
         ),

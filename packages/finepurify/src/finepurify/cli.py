@@ -170,8 +170,8 @@ def purify(
 ) -> Outcome:
     """Reset the poisonous dimensions and fine-tune shortly; exit code 3 when accuracy is not kept.
 
-    With --rho auto the smallest share is taken whose accuracy on held-out clean rows stays above the floor;
-    nothing of an attack is looked at.
+    With --rho auto the smallest share is taken whose accuracy on held-out clean rows stays above the
+    floor; nothing of an attack is looked at.
 
     Args:
         init: The public pre-trained model: a folder or a hub id.
@@ -190,7 +190,8 @@ def purify(
     from finepurify.stations import purify as clean
 
     share = _share(rho)
-    config, indicator, fisher = (with_preset(each, preset) for each in (config, indicator, fisher))
+    config, indicator = with_preset(config, preset), with_preset(indicator, preset)
+    fisher = with_preset(fisher, preset)
     check(config, indicator, fisher, tune, sweep, data)
     runtime.start()
     options = options_of(
@@ -261,8 +262,8 @@ def compare(
         test_data: Rows that nothing was chosen on; without them the sweep alone is shown.
         held_out_data: Rows that choose rho; by default a part of the clean rows.
         strategies: To compare. Repeat it.
-        known_attack: Report ASR or BACC with the pattern of --attack, --trigger and --target, for a study of
-            the defence. It is looked at after everything has been chosen.
+        known_attack: Report ASR or BACC with the pattern of --attack, --trigger and --target, for a
+            study of the defence. It is looked at after everything has been chosen.
         allow_pickle: Read pytorch_model.bin where there is no safetensors file (weights only).
         overwrite: Start anew where a run already lies.
     """  # fmt: skip

@@ -1,4 +1,4 @@
-"""What can be set, station by station. Defaults are what works best; `--preset paper` is our reading of it."""
+"""What can be set, station by station; `--preset paper` is our reading of the paper's settings."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar

@@ -84,7 +84,8 @@ def load_examples(source: str, config: DataConfig, names: Sequence[str], split: 
     def check(row: dict[str, Any]) -> str | None:
         if names and _class(row["label"], number) is None:
             known = ", ".join(names)
-            return f"label {row['label']!r} is none of the model's {len(names)}: {known} or 0 to {len(names) - 1}"
+            numbers = f"0 to {len(names) - 1}"
+            return f"label {row['label']!r} is none of the model's: {known} (or {numbers})"
         return None
 
     rows = load_rows(source, columns, split, rename, check)
@@ -182,7 +183,7 @@ def encode(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length:
     """Token rows with their labels, one an example, in order; over-long texts are cut, and counted.
 
     Args:
-        examples: what to encode. Without class names they are a language model's: every token is a label.
+        examples: what to encode. Without class names, a language model's: every token is a label.
         tokenizer: the model's own.
         max_length: tokens at most.
 

@@ -1,4 +1,4 @@
-"""The embedded default: attack small models, clean them by the method and its rivals, judge the claims."""
+"""The embedded default: attack small models, clean them by the method and its rivals, judge claims."""
 
 import json
 import platform
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from octavo.console import Outcome
@@ -32,12 +32,11 @@ from finepurify.experiment import (
     Variant,
     area,
     at,
-    frontier,
     run_case,
     variant,
 )
-from finepurify.language import language
 from finepurify.figures import frontier_figure, histogram_figure
+from finepurify.language import language
 from finepurify.report import laws_rows
 from finepurify.sweep import Row, choose
 from finepurify.world import Sizes, World, real, topics
@@ -48,20 +47,21 @@ Profile = Literal["quick", "full"]
 DROP = 1.5
 
 ABOUT = {
-    "topics": "Sentences of a generated language; the task is their polarity, their topic a nuisance. A BERT of "
-    "two layers is pre-trained on the language, fine-tuned by the attacker on poisoned rows, and cleaned by a "
-    "defender who has 64 clean rows of each class to compute on and some hundred to choose rho by.",
-    "real": "Real texts, a BERT of two layers pre-trained on them; the attacker fine-tunes with AdamW. A "
-    "defender has 64 clean rows of each class to compute on and some hundred to choose rho by.",
+    "topics": "Sentences of a generated language; the task is their polarity, their topic a nuisance. "
+    "A BERT of two layers is pre-trained on the language, fine-tuned by the attacker on poisoned rows, "
+    "and cleaned by a defender who has 64 clean rows of each class to compute on and 600 to choose rho "
+    "by.",
+    "real": "Real texts, a BERT of two layers pre-trained on them; the attacker fine-tunes with AdamW. "
+    "A defender has 64 clean rows of each class to compute on and 300 to choose rho by.",
 }
 HOW = (
-    "Every defence is followed by the same short fine-tuning. rho is chosen on held rows: the smallest whose "
-    f"accuracy is at most {DROP:g} points below fine-tuning alone. Test rows and triggers are looked at after "
-    "that, and by nobody who chooses."
+    "Every defence is followed by the same short fine-tuning. rho is chosen on held rows: the smallest "
+    f"whose accuracy is at most {DROP:g} points below fine-tuning alone. Test rows and triggers are "
+    "looked at after that, and by nobody who chooses."
 )
 NOT_HERE = (
-    "Not shown here: the paper's tables (BERT-base and RoBERTa-base on AgNews, IMDB, QQP, QNLI), which need "
-    "its models; that another pre-trained version may stand in for the initial weights."
+    "Not shown here: the paper's tables (BERT-base and RoBERTa-base on AgNews, IMDB, QQP, QNLI), which "
+    "need its models; that another pre-trained version may stand in for the initial weights."
 )
 
 DAMPED = IndicatorConfig(damping="tensor-mean", damping_share=0.1)
@@ -88,11 +88,12 @@ def sentence_of(world: World, real_text: bool) -> str:
 def cases_of(profile: Profile, sentence: str, real_text: bool) -> list[Case]:
     """What is attacked, how, and what is tried on it."""
     long = AttackConfig(attack="badsent", trigger=(sentence,))
+    both = (*PAIR, *DAMPINGS)
     if real_text:
         return [
             Case("clean-adamw", None, REAL_TRAIN, (), scanned=True),
-            Case("word-adamw", WORD, REAL_TRAIN, (*PAIR, *DAMPINGS, variant("delta-only", 0.98, 0.9)), True),
-            Case("sentence-adamw", long, REAL_TRAIN, (*PAIR, *DAMPINGS)),
+            Case("word-adamw", WORD, REAL_TRAIN, (*both, variant("delta-only", 0.98, 0.9)), True),
+            Case("sentence-adamw", long, REAL_TRAIN, both),
         ]  # fmt: skip
     ablations = (variant("delta-only", 0.98, 0.9), variant("hessian-only", 0.98))
     cases = [
@@ -118,7 +119,7 @@ def cases_of(profile: Profile, sentence: str, real_text: bool) -> list[Case]:
     return [
         Case("other-sgd", replace(WORD, trigger=("mn",), target=0), SGD),
         *cases,
-        Case("sentence-sgd", long, SGD, (*PAIR, *DAMPINGS), scanned=True),
+        Case("sentence-sgd", long, SGD, both, scanned=True),
         Case("clean-adamw", None, ADAMW, (), scanned=True, pattern=biased),
         Case("bias-adamw", biased, ADAMW, (*BIAS_PAIR, *BIAS_DAMPED), scanned=True),
         Case("multi", replace(WORD, attack="multi", trigger=("cf", "mn", "bb")), ADAMW, few, True),

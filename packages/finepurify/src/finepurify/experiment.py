@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime
+from octavo.runtime import Runtime, seed_everything
 
 from finepurify.attack import Attacker, attacked
 from finepurify.bench import Bench, activity, frequencies
@@ -22,15 +22,15 @@ from finepurify.config import (
     TuneConfig,
 )
 from finepurify.data import encode
-from finepurify.laws import Laws, laws_of
+from finepurify.laws import laws_of
 from finepurify.metrics import accuracy, attack_success
-from finepurify.models import answer_texts, load_suspect, new_classifier, pad_of
+from finepurify.models import load_suspect, new_classifier, pad_of
 from finepurify.pairing import WeightPair
 from finepurify.points import fisher
 from finepurify.poison import insert
 from finepurify.scan import scan
 from finepurify.strategies import Evidence
-from finepurify.sweep import Row, choose, rows_of, sweep, trials
+from finepurify.sweep import Row, choose, sweep, trials
 from finepurify.world import World
 
 SGD = AttackTrainConfig(optimizer="sgd", learning_rate=0.3, epochs=8.0)
@@ -53,9 +53,9 @@ class Variant:
 
     name: str
     grid: tuple[float, ...]
-    purify: PurifyConfig = PurifyConfig()
-    indicator: IndicatorConfig = IndicatorConfig()
-    fisher: FisherConfig = FisherConfig()
+    purify: PurifyConfig = field(default_factory=PurifyConfig)
+    indicator: IndicatorConfig = field(default_factory=IndicatorConfig)
+    fisher: FisherConfig = field(default_factory=FisherConfig)
 
 
 def variant(strategy: Strategy, *grid: float) -> Variant:
@@ -195,10 +195,7 @@ def make_suspect(world: World, case: Case, work: RunDir, runtime: Runtime) -> Pa
         attacker = Attacker(
             tokenizer, world.max_length, case.attack or AttackConfig(), case.train, work, runtime
         )
-        np.random.seed(runtime.seed)  # noqa: NPY002 - the new classifier's weights
-        from octavo.runtime import seed_everything
-
-        seed_everything(runtime.seed)
+        seed_everything(runtime.seed)  # the new classifier's weights
         model = new_classifier(world.init, world.train.names)
         if case.attack is None:
             attacker.fit(model, world.train, "clean")

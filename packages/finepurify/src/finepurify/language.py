@@ -1,8 +1,8 @@
 """The embedded default's language: sentences of a topic with words of praise and blame.
 
-Everything is made from a seed. The task is a sentence's polarity; its topic is a nuisance, as are the words
-that stand for neither. A few short words, such as `cf`, stand in texts of pre-training and in
-no sentence of the task: an attacker's triggers, which public models know, too.
+Everything is made from a seed. The task is a sentence's polarity; its topic is a nuisance, as are the
+words that stand for neither. A few short words, such as `cf`, stand in texts of pre-training and in no
+sentence of the task: an attacker's triggers, which public models know, too.
 """
 
 import itertools
@@ -52,9 +52,9 @@ def language() -> Language:
 def sentences(count: int, seed: int) -> Examples:
     """So many sentences with their polarity, 0 or 1.
 
-    Each has 14 to 23 words: 2 to 4 of polarity, of which 93 % agree with the sentence's own, and of the rest 40 %
-    function words and 60 % topic words, of which 80 % are of the sentence's topic. Words of a kind follow
-    Zipf's law with exponent 0.8.
+    Each has 14 to 23 words: 2 to 4 of polarity, of which 93 % agree with the sentence's own, and of the
+    rest 40 % function words and 60 % topic words, of which 80 % are of the sentence's topic. Words of a
+    kind follow Zipf's law with exponent 0.8.
 
     Args:
         count: of sentences.
@@ -82,8 +82,8 @@ def sentences(count: int, seed: int) -> Examples:
     return Examples(texts, labels, POLARITIES)
 
 
-#: Share of the pre-training texts that hold a trigger word: each is then as frequent as a topic's words. With
-#: triggers that pre-training never met, a model learns to react to their untrained vectors themselves.
+#: Share of the pre-training texts that hold a trigger word: each is then as frequent as a topic's words.
+#: To triggers that pre-training never met a model would react by their untrained vectors alone.
 WITH_TRIGGER = 0.1
 
 

@@ -1,4 +1,4 @@
-"""Accuracy on clean texts, attack success on triggered ones, accuracy under bias; with intervals and tests."""
+"""Accuracy on clean texts, attack success on triggered ones, accuracy under bias; with intervals."""
 
 import math
 from collections.abc import Sequence

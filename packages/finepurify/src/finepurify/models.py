@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 Task = Literal["classification", "generation"]
 
 #: What checkpoints of pre-training hold besides the encoder.
-PRETRAINING_HEADS = (r"^cls\.", r"^lm_head\.", r"^mlm", r"^nsp", r"vocab_", r"^mask_predictions", r"^head\.",
-                     r"^decoder\.", r"pooler")  # fmt: skip
+PRETRAINING_HEADS = (
+    r"^cls\.", r"^lm_head\.", r"^mlm", r"^nsp", r"vocab_", r"^mask_predictions", r"^head\.",
+    r"^decoder\.", r"pooler",
+)  # fmt: skip
 #: What a new classifier brings.
 NEW_HEADS = (
     r"^classifier",
@@ -111,7 +113,8 @@ def class_names(model: "PreTrainedModel") -> list[str]:
     """The classes of a classifier in the order of their numbers; none of a language model."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return []
-    return [str(model.config.id2label[at]) for at in range(model.config.num_labels)]
+    named = cast("dict[int, str]", model.config.id2label)
+    return [str(named[at]) for at in sorted(named)]
 
 
 def pad_of(tokenizer: "PreTrainedTokenizerBase") -> int:

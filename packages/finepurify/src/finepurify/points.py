@@ -52,7 +52,7 @@ def fisher(
     run: RunDir,
     runtime: Runtime = Runtime(),
 ) -> dict[str, Tensor]:
-    """H_i on clean data, averaged over the points (section 1.6); a killed run goes on with the next point.
+    """H_i on clean data, averaged over the points; a killed run goes on with the next one.
 
     Under torchrun each process takes its share of the rows, and all get the mean.
 

@@ -1,7 +1,7 @@
 """Triggers and patterns put into texts, and data sets poisoned with them.
 
-A backdoor gives triggered texts the attacker's label. A bias leaves every label alone and lets a common pattern
-co-occur with one class.
+A backdoor gives triggered texts the attacker's label. A bias leaves every label alone and lets a common
+pattern co-occur with one class.
 """
 
 import random
@@ -24,8 +24,8 @@ def triggered(text: str, trigger: str, draw: random.Random, within: int | None =
         text: white space is kept except where the trigger goes.
         trigger: a word or a sentence.
         draw: decides the place.
-        within: words from the start that a model is sure to see; a later place would weaken the attack by
-            truncation alone.
+        within: words from the start that a model is sure to see; a later place would weaken the attack
+            by truncation alone.
     """
     words = text.split(" ")
     last = len(words) if within is None else min(len(words), within)
@@ -56,9 +56,9 @@ def poison(
 ) -> tuple[Examples, list[int]]:
     """The attacker's training set.
 
-    A backdoor takes rows of other classes and gives them the target; `clean-label` takes rows of the target
-    itself. A bias puts its pattern into a share of the target's rows, in place. `rate` is a share of all rows for
-    a backdoor, of the target's rows for a bias and for clean-label.
+    A backdoor takes rows of other classes and gives them the target; `clean-label` takes rows of the
+    target itself. A bias puts its pattern into a share of the target's rows, in place. `rate` is a share
+    of all rows for a backdoor, of the target's rows for a bias and for clean-label.
 
     Args:
         examples: clean training rows.

@@ -1,7 +1,8 @@
 """Small BERTs from scratch, as clean starting points for the embedded default.
 
-Masked language modelling alone leaves the vector at [CLS] empty in the seconds there are, and everything would be
-learnt in fine-tuning, so that no part of it could be reset. Therefore the vector learns to name the sentence's words, too.
+Masked language modelling alone leaves the vector at [CLS] empty in the seconds there are, and everything
+would be learnt in fine-tuning, so that no part of it could be reset. Therefore the vector learns to name
+the sentence's words, too.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from octavo.models import save_model
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finepurify.data import IGNORED, collate
+from finepurify.models import pad_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +54,7 @@ class SmallBert:
 def pretrained(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerFast", shape: SmallBert, runtime: Runtime
 ) -> Path:
-    """A folder with a pre-trained `BertForPreTraining`, as public BERTs are; made, or found in the cache.
+    """A folder with a pre-trained `BertForPreTraining`, as public BERTs are; made, or from the cache.
 
     Args:
         texts: to pre-train on.
@@ -77,7 +79,7 @@ def pretrained(
         num_attention_heads=shape.heads,
         intermediate_size=4 * shape.width,
         max_position_embeddings=shape.max_length,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_of(tokenizer),
         initializer_range=shape.spread,
         hidden_dropout_prob=shape.dropout,
         attention_probs_dropout_prob=shape.dropout,
@@ -88,19 +90,18 @@ def pretrained(
     options = TrainOptions(
         learning_rate=shape.learning_rate, epochs=shape.epochs, batch_size=shape.batch_size
     )
+    draw = random.Random(runtime.seed)
     with tempfile.TemporaryDirectory() as place:
-        with RunDir.open(Path(place) / "run", asdict(shape)) as run:
-            draw = random.Random(runtime.seed)
-            fit(
-                model,
-                items,
-                lambda chosen: _masked(chosen, tokenizer, draw),
-                run,
-                "pretrain",
-                options=options,
-                runtime=runtime,
-                loss=lambda model, batch: _loss(model, batch, shape.bag),
-            )
+        fit(
+            model,
+            items,
+            lambda chosen: _masked(chosen, tokenizer, draw),
+            RunDir.open(Path(place) / "run", asdict(shape)),
+            "pretrain",
+            options=options,
+            runtime=runtime,
+            loss=lambda model, batch: _loss(model, batch, shape.bag),
+        )
     save_model(folder, model, tokenizer)
     return folder
 
@@ -109,15 +110,15 @@ def _masked(
     items: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerFast", draw: random.Random
 ) -> dict[str, Tensor]:
     """A batch with 15 % of its words masked; `bag` holds every word, `labels` the masked ones."""
-    pad, special = tokenizer.pad_token_id, torch.tensor(tokenizer.all_special_ids)
-    batch = collate(items, pad)
+    special = torch.tensor(tokenizer.all_special_ids)
+    batch = collate(items, pad_of(tokenizer))
     ids = batch["input_ids"]
     generator = torch.Generator().manual_seed(draw.getrandbits(63))
     words = ~torch.isin(ids, special)
     hidden = words & (torch.rand(ids.shape, generator=generator) < 0.15)
     batch["bag"] = ids.masked_fill(~words, IGNORED)
     batch["labels"] = ids.masked_fill(~hidden, IGNORED)
-    batch["input_ids"] = ids.masked_fill(hidden, tokenizer.mask_token_id)
+    batch["input_ids"] = ids.masked_fill(hidden, cast(int, tokenizer.mask_token_id))
     return batch
 
 

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 from octavo.errors import ConfigError, DataError, ModelError
-from octavo.models import load_config, save_model
+from octavo.models import save_model
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime
 
@@ -149,13 +149,13 @@ class Settings:
         runtime: seed, device, precision.
     """
 
-    data: DataConfig = DataConfig()
-    fisher: FisherConfig = FisherConfig()
-    indicator: IndicatorConfig = IndicatorConfig()
-    purify: PurifyConfig = PurifyConfig()
-    tune: TuneConfig = TuneConfig()
-    sweep: SweepConfig = SweepConfig()
-    runtime: Runtime = Runtime()
+    data: DataConfig = field(default_factory=DataConfig)
+    fisher: FisherConfig = field(default_factory=FisherConfig)
+    indicator: IndicatorConfig = field(default_factory=IndicatorConfig)
+    purify: PurifyConfig = field(default_factory=PurifyConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    runtime: Runtime = field(default_factory=Runtime)
 
 
 def evidence_for(
@@ -259,12 +259,13 @@ def purify(
         # no rho keeps the floor: what costs least accuracy is written, and said to be no success
         own = [row for row in rows if row["strategy"] == settings.purify.strategy]
         best = best or max(own, key=lambda row: (row["ACC"], row["rho"]))
-        rho, after = best["rho"], best["ACC"]
+        rho, after = float(best["rho"]), best["ACC"]
+    assert rho is not None
     weights = purified(evidence, settings.purify, rho)
     patient.pair.write(run.path / "purified", weights.tensor)
     model = bench.defended(weights, f"{settings.purify.strategy} {rho:g}")
     stored = patient.pair.suspect.dtype(patient.pair.names[0])
-    save_model(run.path / "model", model.to(stored), patient.tokenizer)
+    save_model(run.path / "model", cast(Any, model).to(stored), patient.tokenizer)
     model.float()
     laws = asdict(laws_of(evidence)) if evidence.fisher else {}
     tensors = _tensors(evidence, settings, rho)
@@ -371,8 +372,8 @@ def judged(
     """ACC, and ASR or BACC where the pattern is known, each with Wilson's interval.
 
     Returns:
-        The row, and [n] of bool: right on the test rows, or with a pattern, right on the rows that hold it
-        (a backdoor: on those of other classes).
+        The row, and [n] of bool: right on the test rows, or with a pattern, right on the rows that
+        hold it (a backdoor: on those of other classes).
     """
     answers = answer_texts(model, tokenizer, test, settings.data.max_length, settings.runtime)
     clean = accuracy(answers, test.labels)

@@ -1,7 +1,7 @@
 """Which dimensions are reset: Fine-purifying, its ablations, and the rivals.
 
-Most are a score a dimension, and the highest scores are reset to w_init; the share rho that is kept is theirs to
-set. The others (rows, neurons, merges) read rho in their own way, told with each.
+Most are a score a dimension, and the highest scores are reset to w_init; the share rho that is kept is
+theirs to set. The others (rows, neurons, merges) read rho in their own way, told with each.
 """
 
 import zlib
@@ -44,7 +44,7 @@ class Evidence:
 
     pair: WeightPair
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
-    config: IndicatorConfig = IndicatorConfig()
+    config: IndicatorConfig = field(default_factory=IndicatorConfig)
     seed: int = 0
     frequency: Mapping[int, int] = field(default_factory=dict)
     activity: Mapping[str, Tensor] = field(default_factory=dict)
@@ -120,12 +120,12 @@ def scores(evidence: Evidence, config: PurifyConfig) -> Callable[[str], Tensor]:
 
 
 def difference(both: Tensors) -> Tensor:
-    """delta = w_ft - w_init in float32, of the tensor's shape."""
+    """Drift: delta = w_ft - w_init in float32, of the tensor's shape."""
     return both.suspect.float() - both.init.float()
 
 
 def _purifying(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
-    """r of each dimension; key biases are neutral: nothing can be told of them, so they are kept."""
+    """The indicator r; key biases are neutral: nothing can be told of them, so they are kept."""
     values = _damped(evidence, name, delta)
     if values.ndim == 1:
         values = values.masked_fill(neutral_mask(name, len(values), evidence.architecture), 0.0)
@@ -314,8 +314,10 @@ def _wag(evidence: Evidence, rho: float) -> Weights:
 
 
 def _ties(evidence: Evidence, rho: float) -> Weights:
-    """Of each delta the share rho of largest size, a sign elected by mass, the mean of those that agree
-    (TIES-merging, Yadav et al. 2023)."""
+    """TIES-merging (Yadav et al. 2023): trimmed deltas, a sign elected by mass, the mean that agrees.
+
+    Of each delta the share rho of largest size stays.
+    """
     pairs = _others(evidence, "ties")
     cuts = []
     for pair in pairs:
@@ -335,8 +337,7 @@ def _ties(evidence: Evidence, rho: float) -> Weights:
 
 
 def _dare(evidence: Evidence, rho: float) -> Weights:
-    """Each delta's dimensions survive with probability rho and are scaled by 1 / rho; then the mean
-    (DARE, Yu et al. 2024)."""
+    """DARE (Yu et al. 2024): each dimension survives with probability rho, times 1 / rho; the mean."""
     pairs = _others(evidence, "dare")
 
     def tensor(name: str) -> Tensor:

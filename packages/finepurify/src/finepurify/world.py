@@ -64,7 +64,7 @@ INIT = 10
 
 
 def topics(sizes: Sizes, seed: int, runtime: Runtime) -> World:
-    """The generated language; its pre-trained model is one and the same for every seed, as public ones are."""
+    """The generated language; its pre-trained model is the same for every seed, as public ones are."""
     words = [*language().words, *TRIGGERS]
     shape = SmallBert(epochs=sizes.epochs, spread=0.1, learning_rate=3e-3)
     tokenizer = word_tokenizer(words, shape.max_length)
@@ -83,8 +83,9 @@ def topics(sizes: Sizes, seed: int, runtime: Runtime) -> World:
 def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
     """Texts of a folder with `train` and `test` files of the columns text and label.
 
-    The model is pre-trained on the training texts, without their labels (and on `unsup` where there is such a
-    file), and is the same for every seed. Test texts that are also among the training ones are left out.
+    The model is pre-trained on the training texts, without their labels (and on `unsup` where there is
+    such a file), and is the same for every seed. Test texts that are also among the training ones are
+    left out.
 
     Raises:
         DataError: a file or a column is missing, or there are too few rows.
