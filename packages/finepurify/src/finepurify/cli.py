@@ -82,9 +82,10 @@ def scan(
         settings = Settings(data, fisher, indicator, runtime=runtime)
         found = scanned(pair, clean_data, settings, run, top, allow_pickle)
         page = scan_report(found, pair, init, suspect).save(out)
+        where = sorted(found.layers, key=lambda row: -row["concentration"])
         run.write_json("result.json", asdict(found))
     return Outcome(
-        {"Tokens": found.tokens[:top], "Where the drift is": found.layers[:top]},
+        {"Tokens": found.tokens[:top], "Where the drift is": where[:top]},
         note=f"{found.reason}\n{found.warning}\nReport: {page}",
         no="" if found.verdict else f"nothing stands out: {found.reason}",
     )
@@ -400,6 +401,25 @@ def report(
     refuse_existing(out, overwrite)
     page, rows = joint_report(run_folders)
     return Outcome({"Runs": rows}, note=f"Report: {page.save(out)}")
+
+
+@app.command
+def topics(out: Path, *, runtime: Flat[Runtime] = Runtime()) -> Outcome:
+    """Write the embedded task as files: a pre-trained model and rows to attack, defend and test with.
+
+    Args:
+        out: Folder for init/ and train, clean, held and test.jsonl.
+    """
+    from octavo.rundir import refuse_existing
+
+    from finepurify.world import Sizes, write_world
+    from finepurify.world import topics as make
+
+    refuse_existing(out, overwrite=False)
+    runtime = replace(runtime, threads=runtime.threads or 1)
+    runtime.start()
+    rows = write_world(make(Sizes(), runtime.seed, runtime), out)
+    return Outcome({f"Written to {out}": rows})
 
 
 @app.command

@@ -1,12 +1,16 @@
 """Tasks to attack and defend: the generated language, and real texts from a folder."""
 
+import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from octavo.data import load_rows, split_files
 from octavo.errors import DataError
+from octavo.rundir import atomic
 from octavo.runtime import Runtime
 from octavo.tiny import Shape, make_tokenizer
 
@@ -78,6 +82,21 @@ def topics(sizes: Sizes, seed: int, runtime: Runtime) -> World:
         sentences(sizes.test, base + 4),
         shape.max_length,
     )
+
+
+def write_world(world: World, out: Path) -> list[dict[str, Any]]:
+    """Write a world's model and rows into a folder that appears whole; gives what was written."""
+    parts = {"train": world.train, "clean": world.clean, "held": world.held, "test": world.test}
+    with atomic(out) as temporary:
+        shutil.copytree(world.init, temporary / "init")
+        for name, rows in parts.items():
+            lines = (
+                {"text": text, "label": rows.names[label]}
+                for text, label in zip(rows.texts, rows.labels, strict=True)
+            )
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return [{"file": f"{name}.jsonl", "rows": len(rows)} for name, rows in parts.items()]
 
 
 def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
