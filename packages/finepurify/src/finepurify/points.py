@@ -83,12 +83,9 @@ def fisher(
     place(model, names, lambda name: pair.read(name).suspect)
     if is_main():
         mean = {name: _mean_of(files, name) for name in pair.names}
-        about = {
-            "kind": config.fisher,
-            "points": json.dumps(config.points),
-            "rows": str(len(items)),
-        }
-        _save(run.path / FILE, mean, about)
+        about = {"kind": config.fisher, "points": config.points, "rows": len(items)}
+        # one entry: safetensors writes several in any order, and a file would not be the same twice
+        _save(run.path / FILE, mean, {"fisher": json.dumps(about)})
         for file in files:
             file.unlink()
     runtime.wait_for_everyone()

@@ -40,7 +40,7 @@ from finepurify.points import fisher
 from finepurify.poison import BIASES, insert
 from finepurify.scan import ScanReport, scan
 from finepurify.strategies import Evidence, by_tensor, kept, needs_fisher, purified
-from finepurify.sweep import Row, choose, floor_of, sweep, trials
+from finepurify.sweep import NOTHING, Row, choose, floor_of, sweep, trials
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -334,6 +334,7 @@ def compare(
     if test is None:
         chosen = [row or _nothing(name) for name, row in picked.items()]
         return Comparison(rows, chosen, {}, laws)
+    bench.place(purified(evidence, NOTHING, 1.0))  # the sweep left its last model there
     before, _ = _judged(bench, patient, test, attack, settings)
     chosen, right = [], {}
     for name, row in picked.items():
