@@ -1,7 +1,7 @@
 """One whole `purify` of a BERT-base-sized pair: 32 texts, four points, rho fixed, no fine-tuning.
 
-Weights are random: what is measured is time and memory, by stage, not a defence. Beside it stands what 300
-evaluations of the same texts would cost, as rivals need that search over modules.
+Weights are random: what is measured is time and memory, by stage, not a defence. Beside it stands what
+300 evaluations of the same texts would cost, as rivals need that search over modules.
 
     python packages/finepurify/benchmarks/bench_purify.py          # BERT-base, about two minutes
     python packages/finepurify/benchmarks/bench_purify.py tiny     # seconds, another file
@@ -30,9 +30,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
-    "base": dict(vocab_size=30_522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
-    "tiny": dict(vocab_size=640, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
-}
+    "base": {"vocab_size": 30_522, "hidden_size": 768, "num_hidden_layers": 12,
+             "num_attention_heads": 12},
+    "tiny": {"vocab_size": 640, "hidden_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2},
+}  # fmt: skip
 #: Candidates of such a search: modules are tried one by one, in several rounds.
 CANDIDATES = 300
 
@@ -40,8 +42,10 @@ CANDIDATES = 300
 def make_pair(size: str, place: Path) -> None:
     """INIT and SUSPECT of random weights, the one a little off the other."""
     tokenizer = word_tokenizer(language().words, 64)
-    width: Any = SHAPES[size]["hidden_size"]
-    config = BertConfig(**SHAPES[size], intermediate_size=4 * width, num_labels=2)
+    shape: dict[str, Any] = SHAPES[size]
+    config = BertConfig(
+        **shape, intermediate_size=4 * shape["hidden_size"], num_labels=len(POLARITIES)
+    )
     config.id2label = dict(enumerate(POLARITIES))
     seed_everything(0)
     model = BertForSequenceClassification(config)
