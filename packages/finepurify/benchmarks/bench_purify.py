@@ -43,9 +43,7 @@ def make_pair(size: str, place: Path) -> None:
     """INIT and SUSPECT of random weights, the one a little off the other."""
     tokenizer = word_tokenizer(language().words, 64)
     shape: dict[str, Any] = SHAPES[size]
-    config = BertConfig(
-        **shape, intermediate_size=4 * shape["hidden_size"], num_labels=len(POLARITIES)
-    )
+    config = BertConfig(**shape, intermediate_size=4 * shape["hidden_size"])
     config.id2label = dict(enumerate(POLARITIES))
     seed_everything(0)
     model = BertForSequenceClassification(config)

@@ -68,11 +68,13 @@ DAMPED = IndicatorConfig(damping="tensor-mean", damping_share=0.1)
 TUNE = TuneConfig(steps=60, learning_rate=3e-4)
 WORD = AttackConfig()
 GRID = (0.98, 0.95, 0.9, 0.8, 0.7)
+#: What resets too much at once is given small shares, too.
+FINE = (0.999, 0.995, 0.99, *GRID)
 MIXING = (0.9, 0.8, 0.7, 0.6, 0.5)
 #: Two variants that a defender may try where the plain indicator fails.
 DAMPINGS = (
-    Variant("damped 0.1", GRID, indicator=DAMPED),
-    Variant("damped 1", GRID, indicator=replace(DAMPED, damping_share=1.0)),
+    Variant("damped 0.1", FINE, indicator=DAMPED),
+    Variant("damped 1", FINE, indicator=replace(DAMPED, damping_share=1.0)),
 )
 PAIR = (variant("fine-purifying", *GRID), variant("fine-mixing", *MIXING))
 
@@ -103,19 +105,20 @@ def cases_of(profile: Profile, sentence: str, real_text: bool) -> list[Case]:
     ]
     if profile == "quick":
         return cases
+    tuned = (variant("delta-only", *FINE), variant("hessian-only", *FINE))
     biased = AttackConfig(attack="biassent", trigger=(sentence,), rate=0.7)
     more = (
-        *PAIR, *ablations, *DAMPINGS,
-        variant("reset", 0.0), variant("random", 0.9), variant("fine-mixing-sel", 0.9),
-        variant("e-pur", 0.98, 0.9), variant("fine-pruning", 0.9, 0.7, 0.5),
-        variant("wag"), variant("ties", 0.5, 0.2), variant("dare", 0.9, 0.5),
+        *PAIR, *tuned, *DAMPINGS,
+        variant("reset", 0.0), variant("random", *MIXING), variant("fine-mixing-sel", *MIXING),
+        variant("e-pur", 0.998, 0.995, 0.99, 0.98, 0.95), variant("fine-pruning", 0.9, 0.7, 0.5, 0.3),
+        variant("wag"), variant("ties", 0.9, 0.5, 0.2, 0.1), variant("dare", 0.9, 0.5, 0.3),
         Variant("posterior", GRID, PurifyConfig(mode="posterior")),
         Variant("exact Fisher", GRID, fisher=FisherConfig(fisher="exact")),
-        Variant("exponent 0.5", GRID, indicator=IndicatorConfig(exponent=0.5)),
+        Variant("exponent 0.5", FINE, indicator=IndicatorConfig(exponent=0.5)),
     )  # fmt: skip
     cases[1] = replace(cases[1], variants=more)
-    cases[2] = replace(cases[2], variants=(*PAIR, *ablations, *DAMPINGS), scanned=True)
-    few = (variant("fine-purifying", 0.98, 0.9, 0.8), variant("fine-mixing", 0.8, 0.6))
+    cases[2] = replace(cases[2], variants=(*PAIR, *tuned, *DAMPINGS), scanned=True)
+    few = (variant("fine-purifying", *GRID), variant("fine-mixing", *MIXING))
     return [
         Case("other-sgd", replace(WORD, trigger=("mn",), target=0), SGD),
         *cases,
@@ -123,7 +126,7 @@ def cases_of(profile: Profile, sentence: str, real_text: bool) -> list[Case]:
         Case("clean-adamw", None, ADAMW, (), scanned=True, pattern=biased),
         Case("bias-adamw", biased, ADAMW, (*BIAS_PAIR, *BIAS_DAMPED), scanned=True),
         Case("multi", replace(WORD, attack="multi", trigger=("cf", "mn", "bb")), ADAMW, few, True),
-        Case("clean-label", replace(WORD, attack="clean-label", rate=0.3), ADAMW, few, True),
+        Case("clean-label", replace(WORD, attack="clean-label", rate=1.0), ADAMW, few, True),
         Case("embedding", replace(WORD, attack="embedding"), ADAMW, few, True),
         Case("layerwise", replace(WORD, attack="layerwise"), ADAMW, few, True),
         Case("adaptive", replace(WORD, attack="adaptive"), ADAMW, few, True),
