@@ -90,10 +90,10 @@ def load_examples(source: str, config: DataConfig, names: Sequence[str], split: 
 
     rows = load_rows(source, columns, split, rename, check)
     kept = [row for row in rows if row["text"].strip()]
-    if blank := len(rows) - len(kept):
-        log.warning("%s: %d of %d texts are blank and left out", source, blank, len(rows))
     if not kept:
         raise DataError(f"{source}: every text is blank")
+    if blank := len(rows) - len(kept):
+        log.warning("%s: %d of %d texts are blank and left out", source, blank, len(rows))
     return Examples(
         [row["text"] for row in kept],
         [_class(row["label"], number) or 0 if names else 0 for row in kept],

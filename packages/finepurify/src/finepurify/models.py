@@ -102,6 +102,9 @@ def tokenizer_of(source: str | Path) -> "PreTrainedTokenizerBase":
         ModelError: there is none, or it has neither token.
     """
     tokenizer = load_tokenizer(source)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # where the files are missing, the library makes an empty one of the model's type
+        raise ModelError(f"{source}: holds no tokenizer, or one without words; put its files there")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"{source}: its tokenizer has neither a padding nor an end token")

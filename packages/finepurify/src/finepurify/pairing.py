@@ -40,7 +40,7 @@ WEIGHTS = re.compile(
 
 #: Tensors whose first dimension is the vocabulary (or another table's length), which may be resized.
 TABLES = re.compile(
-    r"embed|wte|wpe|lm_head|embed_out|shared\.weight|vocab_projector|predictions\.(bias|decoder)"
+    r"^(?!.*[Nn]orm).*(embed|wte|wpe|lm_head|shared\.weight|vocab_projector|predictions\.(bias|decoder))"
 )
 
 #: Buffers that old checkpoints hold as floats; GPT-2's `attn.bias` is its causal mask.

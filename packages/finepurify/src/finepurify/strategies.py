@@ -240,9 +240,11 @@ def _fine_mixing(evidence: Evidence, rho: float) -> Weights:
 def word_embedding(pair: WeightPair) -> str | None:
     """The compared tensor with a row a token: named for it, and the tallest matrix of those."""
     known = ("word_embeddings", "embed_tokens", "wte", "tok_embeddings", "embed_in", "embeddings")
+    others = ("position", "token_type")
     tables = [
         name for name in pair.names
         if any(part in name for part in known) and len(pair.suspect.shape(name)) == 2
+        and not any(part in name for part in others)
     ]  # fmt: skip
     return max(tables, key=lambda name: pair.suspect.shape(name)[0], default=None)
 
