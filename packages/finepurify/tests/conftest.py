@@ -1,5 +1,6 @@
 """A small world of the generated language and a suspect in it, shared by the tests of commands."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,4 +48,5 @@ def world(tmp_path_factory):
     words = ["attack", init, "--train-data", files["train"], "--out", place / "attacked",
              "--learning-rate", "1e-2", "--epochs", 4, "--device", "cpu", "--quiet"]  # fmt: skip
     assert run(app, [str(word) for word in words]) == 0
+    gc.freeze()  # each of many short trainings collects garbage, which took most of its time
     return SimpleNamespace(place=place, init=init, suspect=place / "attacked" / "model", **files)
