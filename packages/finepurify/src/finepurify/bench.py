@@ -147,8 +147,9 @@ def activity(
             model(**{name: value.to(device) for name, value in batch.items()})
     for handle in handles:
         handle.remove()
+    words = sum(sum(item["attention_mask"]) for item in items)
     return {
-        by_parameter[parameter]: total
+        by_parameter[parameter]: total / words
         for name, total in totals.items()
         for parameter in (f"{name}.weight", f"{name}.bias")
         if parameter in by_parameter
