@@ -19,7 +19,9 @@ def refused(command, tmp_path):
 
     def call(*words, out="run", device=True):
         more = () if out is None else ("--out", tmp_path / out)
-        code, text, err = command(*words, *more, *(("--device", "cpu", "--quiet") if device else ()))
+        code, text, err = command(
+            *words, *more, *(("--device", "cpu", "--quiet") if device else ())
+        )
         assert code == 2, text + err
         assert (text, err.count("\n")) == ("", 1), err
         assert out is None or not (tmp_path / out).exists()
@@ -89,7 +91,9 @@ def test_a_suspect_that_is_init_is_a_no(world, command, tmp_path):
         assert code == 3, err
         assert "no compared dimension moved" in json.loads(out)["no"]
         assert not (tmp_path / "run").exists()
-    code, _, err = command("scan", world.suspect, world.suspect, "--out", tmp_path / "scan", "--quiet")
+    code, _, err = command(
+        "scan", world.suspect, world.suspect, "--out", tmp_path / "scan", "--quiet"
+    )
     assert code == 3, err
 
 
@@ -138,7 +142,9 @@ def test_a_pickle_that_runs_code_is_refused(world, refused, variant, tmp_path):
 
     folder = variant(without=[WEIGHTS])
     torch.save({"weight": Evil()}, folder / "pytorch_model.bin")
-    assert "cannot read pytorch_model.bin" in refused(*both(world, suspect=folder)[0], "--allow-pickle")
+    assert "cannot read pytorch_model.bin" in refused(
+        *both(world, suspect=folder)[0], "--allow-pickle"
+    )
     assert not (tmp_path / "harm").exists()
 
 

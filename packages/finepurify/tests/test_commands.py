@@ -215,8 +215,9 @@ def test_posterior_mixes(purified, world):
     )
     between = 0
     for name in WeightPair.load(world.init, world.suspect).names:
-        low, high = torch.minimum(init[name], suspect[name]), torch.maximum(
-            init[name], suspect[name]
+        low, high = (
+            torch.minimum(init[name], suspect[name]),
+            torch.maximum(init[name], suspect[name]),
         )
         assert bool(((clean[name] >= low) & (clean[name] <= high)).all())
         between += int(((clean[name] > low) & (clean[name] < high)).sum())
@@ -226,7 +227,11 @@ def test_posterior_mixes(purified, world):
 def test_the_papers_preset_is_our_reading_of_it(purified, world):
     run, _ = purified("--preset", "paper", "--rho", 0.8)
     options = yaml.safe_load((run / "config.yaml").read_text())
-    assert (options["mode"], options["damping"], options["epsilon"]) == ("posterior", "absolute", 1e-8)
+    assert (options["mode"], options["damping"], options["epsilon"]) == (
+        "posterior",
+        "absolute",
+        1e-8,
+    )
     assert options["points"] == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
 
 
@@ -355,13 +360,18 @@ def test_compare_without_test_rows_is_the_sweep(command, world, tmp_path):
     assert code == 0, err
     found = json.loads(out)
     assert "The suspect as it came" not in found
-    assert [row["strategy"] for row in found["Chosen by held-out accuracy"]] == ["none", "delta-only"]
+    assert [row["strategy"] for row in found["Chosen by held-out accuracy"]] == [
+        "none",
+        "delta-only",
+    ]
     assert not (tmp_path / "run" / "fisher.safetensors").exists()  # nobody asked for it
 
 
 def test_runs_are_put_on_one_page(command, compared, purified, tmp_path):
     run, _ = purified("--rho", 0.9)
-    code, out, err = command("report", run, compared / "known", "--out", tmp_path / "page", "--json")
+    code, out, err = command(
+        "report", run, compared / "known", "--out", tmp_path / "page", "--json"
+    )
     assert code == 0, err
     assert {row["strategy"] for row in json.loads(out)["Runs"]} >= {"fine-purifying", "delta-only"}
     page = (tmp_path / "page" / "report.html").read_text()

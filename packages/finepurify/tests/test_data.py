@@ -41,7 +41,9 @@ def saved(tmp_path):
 
 
 def test_labels_are_names_or_numbers(saved):
-    file = saved({"text": "a", "label": "yes"}, {"text": "b", "label": 0}, {"text": "c", "label": "1"})
+    file = saved(
+        {"text": "a", "label": "yes"}, {"text": "b", "label": 0}, {"text": "c", "label": "1"}
+    )
     assert load_examples(file, DataConfig(), NAMES, "train") == Examples(
         ["a", "b", "c"], [1, 0, 1], NAMES
     )
@@ -66,7 +68,10 @@ def test_blank_texts_are_counted_and_left_out(saved, caplog):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a", "label": "maybe"}, "label 'maybe' is none of the model's: no, yes .or 0 to 1"),
+        (
+            {"text": "a", "label": "maybe"},
+            "label 'maybe' is none of the model's: no, yes .or 0 to 1",
+        ),
         ({"text": "a", "label": 2}, "label 2 is none"),
         ({"text": "a", "label": -1}, "label -1 is none"),
         ({"text": "a"}, "label"),

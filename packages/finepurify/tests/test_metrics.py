@@ -60,4 +60,9 @@ def test_mcnemar_by_hand():
 def test_a_row_of_a_table():
     row = measured(Share(8, 10), triggered=Share(0, 10))
     assert row == {"ACC": 80.0, "ACC 95 %": "49.0 to 94.3", "ASR": 0.0, "ASR 95 %": "0.0 to 27.8"}
-    assert list(measured(Share(1, 2), biased=Share(2, 2))) == ["ACC", "ACC 95 %", "BACC", "BACC 95 %"]
+    assert list(measured(Share(1, 2), biased=Share(2, 2))) == [
+        "ACC",
+        "ACC 95 %",
+        "BACC",
+        "BACC 95 %",
+    ]

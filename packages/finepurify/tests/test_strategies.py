@@ -93,7 +93,9 @@ def test_key_biases_are_never_reset_before_the_rest(evidence):
     """Six dimensions are none of them."""
     assert [name for name, _ in reset(evidence, "fine-purifying", 0.25)] == ["t"] * 5 + ["b"]
     assert torch.equal(scores(evidence, PurifyConfig())(BIAS), torch.zeros(2))
-    assert (scores(evidence, PurifyConfig(strategy="delta-only"))(BIAS) == torch.tensor([25, 36])).all()
+    assert (
+        scores(evidence, PurifyConfig(strategy="delta-only"))(BIAS) == torch.tensor([25, 36])
+    ).all()
 
 
 def test_random_resets_as_many_as_asked_and_others_with_another_seed(tmp_path):
@@ -158,7 +160,9 @@ def test_the_posterior_mean(tmp_path):
     """Against the formula of our reading in float64, over all tensors together."""
     generator = torch.Generator().manual_seed(1)
     start = {name: torch.randn(30, 4, generator=generator) for name in (TABLE, f"{QUERY}.weight")}
-    suspect = {name: value + torch.randn(30, 4, generator=generator) for name, value in start.items()}
+    suspect = {
+        name: value + torch.randn(30, 4, generator=generator) for name, value in start.items()
+    }
     suspect[TABLE][7] += 300.0  # so far that p is 0
     curvature = {name: 0.1 + torch.rand(30, 4, generator=generator) for name in start}
     evidence = Evidence(pair_of(tmp_path, start, suspect), curvature)
@@ -179,7 +183,9 @@ def test_the_posterior_mean(tmp_path):
             * np.exp(np.minimum(value / 2 * (1 / clean - 1 / poison), 700))
         )  # fmt: skip
         first, last = start[name].double().numpy(), suspect[name].double().numpy()
-        np.testing.assert_allclose(weights.tensor(name), first + p * (last - first), rtol=3e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            weights.tensor(name), first + p * (last - first), rtol=3e-6, atol=1e-6
+        )
     assert torch.equal(weights.tensor(TABLE)[7], start[TABLE][7])
     p = np.concatenate([value.ravel() for value in shares.values()])
     assert weights.numbers["mean p"] == pytest.approx(p.mean(), rel=1e-5)
@@ -192,7 +198,9 @@ def test_the_posterior_keeps_the_stored_dtype_and_what_did_not_move(tmp_path):
     init = torch.randn(20, 4, generator=torch.Generator().manual_seed(2)).bfloat16()
     suspect = init.clone()
     suspect[3:9] += 0.5
-    evidence = Evidence(pair_of(tmp_path, {TABLE: init}, {TABLE: suspect}), {TABLE: torch.ones(20, 4)})
+    evidence = Evidence(
+        pair_of(tmp_path, {TABLE: init}, {TABLE: suspect}), {TABLE: torch.ones(20, 4)}
+    )
     found = purified(evidence, PurifyConfig(mode="posterior"), 0.9).tensor(TABLE)
     assert found.dtype == torch.bfloat16
     same = suspect == init
@@ -276,7 +284,9 @@ def test_e_pur_after_its_formula(tmp_path):
     generator = torch.Generator().manual_seed(4)
     position = "bert.embeddings.position_embeddings.weight"
     start = {TABLE: torch.randn(30, 6, generator=generator), position: torch.zeros(12, 6)}
-    suspect = {name: value + torch.randn(value.shape, generator=generator) for name, value in start.items()}
+    suspect = {
+        name: value + torch.randn(value.shape, generator=generator) for name, value in start.items()
+    }
     pair = pair_of(tmp_path, start, suspect)
     frequency = {3: 21, 4: 1000, 5: 20, 6: 19, 29: 10**6}
     assert word_embedding(pair) == TABLE
@@ -340,7 +350,8 @@ def test_activity_is_that_behind_the_activation_function(tmp_path, family):
         names = [f"{place}.dense" for place in places]
     else:
         model = GPT2ForSequenceClassification(
-            GPT2Config(vocab_size=12, n_embd=8, n_layer=2, n_head=2, n_positions=8, pad_token_id=0))
+            GPT2Config(vocab_size=12, n_embd=8, n_layer=2, n_head=2, n_positions=8, pad_token_id=0)
+        )
         places = [f"transformer.h.{layer}.mlp.act" for layer in range(2)]
         names = [f"transformer.h.{layer}.mlp.c_fc" for layer in range(2)]
     model.eval()
@@ -379,7 +390,10 @@ def three(tmp_path) -> tuple[Evidence, dict[str, np.ndarray], list[dict[str, np.
     start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     pairs, deltas = [], []
     for at in range(3):
-        model = {name: value + torch.randn(value.shape, generator=generator) for name, value in start.items()}
+        model = {
+            name: value + torch.randn(value.shape, generator=generator)
+            for name, value in start.items()
+        }
         pairs.append(pair_of(tmp_path, start, model, f"model-{at}"))
         deltas.append({name: (model[name] - start[name]).numpy() for name in start})
     first = {name: value.numpy() for name, value in start.items()}
@@ -401,7 +415,9 @@ def test_ties_trims_elects_and_merges(three):
     for delta in deltas:
         size = np.sort(np.abs(np.concatenate([delta[name].ravel() for name in start])))
         limit = size[-30]  # 30 of 100 stay
-        trimmed.append({name: np.where(np.abs(delta[name]) >= limit, delta[name], 0) for name in start})
+        trimmed.append(
+            {name: np.where(np.abs(delta[name]) >= limit, delta[name], 0) for name in start}
+        )
     merged = 0
     for name, first in start.items():
         wanted = first.copy()

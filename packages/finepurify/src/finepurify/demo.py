@@ -52,7 +52,7 @@ ABOUT = {
     "and cleaned by a defender who has 64 clean rows of each class to compute on and 600 to choose rho "
     "by.",
     "real": "Real texts, a BERT of two layers pre-trained on them; the attacker fine-tunes with AdamW. "
-    "A defender has 64 clean rows of each class to compute on and 300 to choose rho by.",
+    "A defender has 64 clean rows of each class to compute on and 600 to choose rho by.",
 }
 HOW = (
     "Every defence is followed by the same short fine-tuning. rho is chosen on held rows: the smallest "
@@ -92,6 +92,11 @@ def cases_of(profile: Profile, sentence: str, real_text: bool) -> list[Case]:
     long = AttackConfig(attack="badsent", trigger=(sentence,))
     both = (*PAIR, *DAMPINGS)
     if real_text:
+        both = (
+            variant("fine-purifying", *GRID),
+            variant("fine-mixing", *MIXING, 0.4, 0.3),
+            *DAMPINGS,
+        )
         return [
             Case("clean-adamw", None, REAL_TRAIN, (), scanned=True),
             Case("word-adamw", WORD, REAL_TRAIN, (*both, variant("delta-only", 0.98, 0.9)), True),
@@ -139,7 +144,7 @@ BIAS_DAMPED = (Variant("damped 0.1", LOWER, indicator=DAMPED),)
 REAL_TRAIN = AttackTrainConfig(optimizer="adamw", learning_rate=5e-4, epochs=4.0)
 SIZES = {
     "topics": Sizes(),
-    "real": Sizes(pretrain=20_000, epochs=10.0, train=4_000, shots=64, held=300, test=1_200),
+    "real": Sizes(pretrain=20_000, epochs=10.0, train=4_000, shots=64, held=600, test=1_200),
 }
 
 
@@ -202,7 +207,7 @@ def run_demo(
     )
 
 
-#: For real texts with a model this small; set on seed 10 of agnews.
+#: For real texts with a model this small; set on seed 10 of AG News.
 REAL = Margins(clean=70.0, costs=4.0, drop=2.0)
 
 

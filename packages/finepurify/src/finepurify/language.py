@@ -7,6 +7,7 @@ sentence of the task: an attacker's triggers, which public models know, too.
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -89,14 +90,19 @@ WITH_TRIGGER = 0.1
 
 def corpus(count: int, seed: int) -> list[str]:
     """Texts of pre-training: sentences, some with a trigger word that means nothing."""
+    return sprinkled(sentences(count, seed).texts, WITH_TRIGGER, seed)
+
+
+def sprinkled(texts: Sequence[str], share: float, seed: int) -> list[str]:
+    """The texts, a share of them with one of the trigger words at a random place."""
     draw = random.Random(f"corpus {seed}")
-    texts = []
-    for text in sentences(count, seed).texts:
+    found = []
+    for text in texts:
         words = text.split()
-        if draw.random() < WITH_TRIGGER:
+        if draw.random() < share:
             words.insert(draw.randint(0, len(words)), draw.choice(TRIGGERS))
-        texts.append(" ".join(words))
-    return texts
+        found.append(" ".join(words))
+    return found
 
 
 def _zipf(words: tuple[str, ...], draw: random.Random) -> str:

@@ -15,7 +15,7 @@ from octavo.runtime import Runtime
 from octavo.tiny import Shape, make_tokenizer
 
 from finepurify.data import Examples, first_of_each
-from finepurify.language import TRIGGERS, corpus, language, sentences
+from finepurify.language import TRIGGERS, corpus, language, sentences, sprinkled
 from finepurify.pretrain import SmallBert, pretrained, word_tokenizer
 
 
@@ -143,7 +143,7 @@ def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
     tokenizer = make_tokenizer(
         [*texts, *lure], Shape(kind="bert", vocabulary=6000, max_length=REAL_LENGTH)
     )
-    short = texts[: sizes.pretrain]
+    short = sprinkled([text for text in texts if text.strip()][: sizes.pretrain], 0.05, INIT)
     return World(
         pretrained(short, tokenizer, shape, replace(runtime, seed=INIT)),
         examples(train),
