@@ -120,9 +120,7 @@ def fit(
     seed_everything(runtime.seed)
     device, dtype = runtime.torch_device(), str(runtime.torch_dtype())
     if device.type == "cuda" and device.index != local_rank():
-        raise ConfigError(
-            f"--device {device}: to train there, set CUDA_VISIBLE_DEVICES={device.index}"
-        )
+        raise ConfigError(f"--device {device}: to train, set CUDA_VISIBLE_DEVICES={device.index}")
     folder = run.path / "checkpoints" / name
     arguments = TrainingArguments(
         output_dir=str(folder),
