@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from octavo.errors import ModelError
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime
 from torch import Tensor, nn
@@ -102,6 +103,9 @@ def activity(
 
     Returns:
         [neurons] by the names of the tensors that make them.
+
+    Raises:
+        ModelError: no compared layer makes inner neurons alone.
     """
     from transformers.activations import ACT2FN
 
@@ -139,6 +143,11 @@ def activity(
         out = weight.shape[0 if isinstance(module, nn.Linear) else 1]
         if out == inner and f"{name}.weight" in by_parameter:
             handles.append(module.register_forward_hook(watch(name)))
+    if not handles:
+        raise ModelError(
+            f"{pair.suspect.source}: no layer of inner neurons was found ({inner} wide); "
+            "fine-pruning does not fit this model"
+        )
     device = runtime.torch_device()
     with torch.inference_mode():
         for _, batch in batches(items, 32, pad):
