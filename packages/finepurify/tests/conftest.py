@@ -33,7 +33,18 @@ def write_rows() -> Callable[[Path, Examples], Path]:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def quick():
+    """Each of many short trainings collects garbage, which would take most of its time."""
+    from transformers import Trainer
+
+    assert Trainer  # what it imports is left alone, too
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, quick):
     """Folders INIT and SUSPECT (a backdoor on `cf`, class 1), and files of rows no two of which overlap."""
     place = tmp_path_factory.mktemp("world")
     shape = SmallBert(layers=1, width=32, epochs=2, spread=0.1, learning_rate=3e-3)
@@ -48,5 +59,4 @@ def world(tmp_path_factory):
     words = ["attack", init, "--train-data", files["train"], "--out", place / "attacked",
              "--learning-rate", "1e-2", "--epochs", 4, "--device", "cpu", "--quiet"]  # fmt: skip
     assert run(app, [str(word) for word in words]) == 0
-    gc.freeze()  # each of many short trainings collects garbage, which took most of its time
     return SimpleNamespace(place=place, init=init, suspect=place / "attacked" / "model", **files)
