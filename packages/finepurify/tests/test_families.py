@@ -195,7 +195,10 @@ def test_a_language_model_is_judged_by_the_tokens_it_predicts(command, clean, tm
     code, out, err = command(*words)
     assert code == 0, err
     rows = json.loads(out)
-    assert [row["strategy"] for row in rows["Chosen by held-out accuracy"]] == ["none", "delta-only"]
+    assert [row["strategy"] for row in rows["Chosen by held-out accuracy"]] == [
+        "none",
+        "delta-only",
+    ]
     assert 0 <= rows["The suspect as it came"][0]["ACC"] <= 100
     code, out, err = command("evaluate", suspect, "--test-data", clean, "--quiet", "--json",
                              "--device", "cpu")  # fmt: skip

@@ -35,7 +35,7 @@ from finepurify.experiment import (
     run_case,
     variant,
 )
-from finepurify.figures import frontier_figure, histogram_figure
+from finepurify.figures import calibration_figure, frontier_figure, histogram_figure
 from finepurify.language import language
 from finepurify.report import laws_rows
 from finepurify.sweep import Row, choose
@@ -343,3 +343,5 @@ def _figures(report: Report, found: dict[str, Found]) -> None:
         if one.laws:
             report.table(f"{name}: the theory's premises", laws_rows(one.laws))
             report.figure(f"{name}: the indicator", histogram_figure(one.laws, 0.98))
+        if one.calibration:
+            report.figure(f"{name}: the posterior", calibration_figure(one.calibration))

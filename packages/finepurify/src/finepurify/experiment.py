@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from octavo.models import load_tokenizer, save_model
 from octavo.rundir import RunDir
 from octavo.runtime import Runtime, seed_everything
@@ -22,14 +23,15 @@ from finepurify.config import (
     TuneConfig,
 )
 from finepurify.data import encode
+from finepurify.indicator import posterior_clean, split_means
 from finepurify.laws import laws_of
 from finepurify.metrics import accuracy, attack_success
 from finepurify.models import load_suspect, new_classifier, pad_of
 from finepurify.pairing import WeightPair
 from finepurify.points import fisher
-from finepurify.poison import insert
+from finepurify.poison import BIASES, SENTENCES, insert
 from finepurify.scan import scan
-from finepurify.strategies import Evidence
+from finepurify.strategies import Evidence, scores, word_embedding
 from finepurify.sweep import Row, choose, sweep, trials
 from finepurify.world import World
 
@@ -92,6 +94,7 @@ class Found:
         before: ACC, and ASR or BACC, of the suspect as it came.
         rows: of the sweep, with test numbers beside the held accuracy.
         laws: correlation and Gamma law, where a Fisher diagonal was computed.
+        calibration: of the posterior, the trigger's rows being what is known to be poisonous.
         rank: of the trigger's first word among the scanned tokens, 1 the first; 0 where nothing was.
         judged: how many tokens were.
         fires: whether the scan found something.
@@ -100,6 +103,7 @@ class Found:
     before: Row
     rows: list[Row] = field(default_factory=list)
     laws: dict[str, Any] = field(default_factory=dict)
+    calibration: list[Row] = field(default_factory=list)
     rank: int = 0
     judged: int = 0
     fires: bool = False
@@ -132,7 +136,7 @@ def run_case(
     tokenizer = load_tokenizer(suspect)
     pad, model = pad_of(tokenizer), load_suspect(suspect)
     attack = case.attack or case.pattern or AttackConfig()
-    biased = attack.attack in ("biasword", "biassent")
+    biased = attack.attack in BIASES
     attacker = Attacker(tokenizer, world.max_length, attack, case.train, work, runtime)
     test = encode(world.test, tokenizer, world.max_length)
     lured = insert(world.test, attack, runtime.seed, attacker.within)
@@ -166,6 +170,7 @@ def run_case(
             evidence = replace(evidence, fisher=curvature)
             if not found.laws and strategy == "fine-purifying":
                 found.laws = asdict(laws_of(evidence))
+                found.calibration = calibration(evidence, trigger_rows(tokenizer, attack))
         elif strategy == "e-pur":
             evidence = replace(evidence, frequency=frequencies(bench.items))
         elif strategy == "fine-pruning":
@@ -185,6 +190,45 @@ def run_case(
     if plan:
         found.rows = sweep(bench, plan, look)
     return found
+
+
+def trigger_rows(tokenizer: Any, attack: AttackConfig) -> list[int]:
+    """The rows of the word embedding that a trigger has; none of a sentence, whose words are common."""
+    if attack.attack in SENTENCES:
+        return []
+    words = tokenizer(list(attack.trigger), add_special_tokens=False)["input_ids"]
+    return sorted({piece for pieces in words for piece in pieces})
+
+
+def calibration(evidence: Evidence, rows: Sequence[int], rho: float = 0.98) -> list[Row]:
+    """How often dimensions are clean, by the posterior that says so.
+
+    Args:
+        evidence: with the Fisher diagonal.
+        rows: of the word embedding that are known to be poisonous; all else counts as clean.
+        rho: the prior.
+
+    Returns:
+        A row a tenth of p: mean `p`, share `clean`, number of `dimensions`; none without known rows.
+    """
+    if not rows:
+        return []
+    pair, values = evidence.pair, scores(evidence, PurifyConfig())
+    split = split_means(pair.names, values, rho)
+    sums = torch.zeros(3, 10, dtype=torch.float64)
+    for name in pair.names:
+        p = posterior_clean(values(name), split.k_clean, split.k_poison, rho).double()
+        clean = torch.ones_like(p)
+        if name == word_embedding(pair):
+            clean[list(rows)] = 0.0
+        tenth = (p * 10).long().clamp(max=9).flatten()
+        for at, weight in enumerate((p, clean, torch.ones_like(p))):
+            sums[at].index_add_(0, tenth, weight.flatten())
+    return [
+        {"p": float(p / n), "clean": float(clean / n), "dimensions": int(n)}
+        for p, clean, n in sums.T
+        if n
+    ]
 
 
 def make_suspect(world: World, case: Case, work: RunDir, runtime: Runtime) -> Path:
