@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Bench:
         tune: the short fine-tuning.
         run: where trainings keep their checkpoints and metrics.
         runtime: seed, device, precision.
+        head: keep the suspect's classifier, or draw it anew.
     """
 
     pair: WeightPair
@@ -51,10 +52,22 @@ class Bench:
     tune: TuneConfig
     run: RunDir
     runtime: Runtime = field(default_factory=Runtime)
+    head: Literal["keep", "reset"] = "keep"
     _suspect: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._suspect = copy.deepcopy(self.model.state_dict())
+        if self.head == "reset":
+            self._draw_head()
+
+    def _draw_head(self) -> None:
+        """New weights for what INIT lacks: small random matrices, and biases of zero."""
+        generator = torch.Generator().manual_seed(self.runtime.seed)
+        for name, why in self.pair.kept.items():
+            if why == "no counterpart in INIT" and name in self._suspect:
+                value = self._suspect[name]
+                drawn = 0.02 * torch.randn(value.shape, generator=generator)
+                value.copy_(drawn if value.ndim > 1 else torch.zeros_like(drawn))
 
     def place(self, weights: Weights) -> "PreTrainedModel":
         """The model with a strategy's weights, and the suspect's where nothing was compared."""
@@ -149,6 +162,7 @@ def activity(
             "fine-pruning does not fit this model"
         )
     device = runtime.torch_device()
+    model.to(cast(Any, device))
     with torch.inference_mode():
         for _, batch in batches(items, 32, pad):
             mask = batch["attention_mask"].bool().to(device)

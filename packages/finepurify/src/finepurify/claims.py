@@ -1,7 +1,7 @@
 """The paper's claims on what the demo measured, and what each must reach."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from octavo.report import Claim
@@ -11,6 +11,9 @@ from octavo.report import Claim
 class Margins:
     """What a claim must reach, in percentage points unless said otherwise.
 
+    Some bars are lower than those first set on a prototype, whose model was another: clean accuracy (93
+    there), what delta-only costs (20 there), the correlation under AdamW (0.1 there).
+
     Attributes:
         clean: accuracy of the clean model.
         costs: accuracy that the attack may cost.
@@ -19,15 +22,15 @@ class Margins:
         drop: accuracy that a defence may cost against fine-tuning alone.
         purified: ASR after Fine-purifying at rho = .98.
         over_mixing: ASR of Fine-mixing above Fine-purifying's, each at the rho that its floor gives.
-        delta_only: accuracy that resetting by drift alone costs at rho = .9 above Fine-purifying's.
-        hessian_only: ASR of resetting by curvature alone at rho = .98 above Fine-purifying's.
+        delta_only: accuracy that resetting by drift alone costs at rho = .9 against fine-tuning alone.
+        hessian_only: ASR that resetting by curvature alone leaves at rho = .98.
         sgd: rank correlation of delta^2 and H under SGD.
         adam: its size under AdamW.
         log_sd: standard deviation of log r under SGD, from and to (2.22 in theory).
         sentence: ASR of the sentence trigger after Fine-purifying, at the rho that its floor gives.
         sentence_tuned: what fine-tuning alone must leave of it.
         biased: BACC that the bias costs.
-        unbiased: BACC of Fine-purifying above fine-tuning alone.
+        unbiased: BACC of Fine-purifying above fine-tuning alone; and no less than Fine-mixing's.
     """
 
     clean: float = 90.0
@@ -37,15 +40,15 @@ class Margins:
     drop: float = 1.5
     purified: float = 25.0
     over_mixing: float = 20.0
-    delta_only: float = 5.0
-    hessian_only: float = 20.0
+    delta_only: float = 10.0
+    hessian_only: float = 90.0
     sgd: float = 0.4
     adam: float = 0.15
     log_sd: tuple[float, float] = (2.2, 3.0)
     sentence: float = 35.0
     sentence_tuned: float = 60.0
-    biased: float = 15.0
-    unbiased: float = 5.0
+    biased: float = 20.0
+    unbiased: float = 12.0
 
 
 def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) -> list[Claim]:
@@ -58,8 +61,9 @@ def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) ->
     mean = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
     gate = _attack_works(mean, margins)
     claims = [gate]
-    if gate.passed:
-        claims += _method(mean, margins)
+    for claim in _method(mean, margins):
+        why = "the attack itself did not work"
+        claims.append(claim if gate.passed else replace(claim, passed=None, criterion=why))
     if "spearman sgd" in mean:
         claims += _theory(mean, margins)
     lower = [one["area purify"] < one["area mixing"] for one in found]
@@ -77,8 +81,8 @@ def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) ->
             "The scan of the weights names the trigger first",
             f"mean rank {mean['rank']:.1f} of {mean['judged']:.0f}; alarm on {mean['fires']:.0%} of the "
             f"attacked and {mean['false alarm']:.0%} of the clean models",
-            "rank 1 on every seed, and no alarm on a clean model",
-            mean["rank"] == 1 and mean["false alarm"] == 0,
+            "rank 1, and an alarm on the attacked alone, on every seed",
+            mean["rank"] == 1 and mean["fires"] == 1 and mean["false alarm"] == 0,
         )
     )
     if "sentence none" in mean:
@@ -106,7 +110,7 @@ def _attack_works(mean: Mapping[str, float], margins: Margins) -> Claim:
 def _method(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
     cost = mean["none ACC"] - mean["purify ACC"]
     mixing = mean["mixing chosen ASR"] - mean["purify chosen ASR"]
-    rough = mean["purify .9 ACC"] - mean["delta-only .9 ACC"]
+    rough = mean["none ACC"] - mean["delta-only .9 ACC"]
     claims = [
         Claim(
             "Fine-purifying (rho .98) removes the backdoor and keeps accuracy",
@@ -123,19 +127,19 @@ def _method(mean: Mapping[str, float], margins: Margins) -> list[Claim]:
         ),
         Claim(
             "Drift alone (delta-only, rho .9) resets what accuracy needs",
-            f"accuracy {mean['delta-only .9 ACC']:.1f} against {mean['purify .9 ACC']:.1f}",
+            f"accuracy {mean['delta-only .9 ACC']:.1f} against {mean['none ACC']:.1f} after fine-tuning "
+            f"alone ({mean['purify .9 ACC']:.1f} after Fine-purifying)",
             f"at least {margins.delta_only:g} less",
             rough >= margins.delta_only,
         ),
     ]
     if "hessian-only ASR" in mean:
-        flat = mean["hessian-only ASR"] - mean["purify ASR"]
         claims.append(
             Claim(
                 "Curvature alone (Hessian-only, rho .98) misses the backdoor",
                 f"ASR {mean['hessian-only ASR']:.1f} against {mean['purify ASR']:.1f}",
-                f"at least {margins.hessian_only:+g}",
-                flat >= margins.hessian_only,
+                f"at least {margins.hessian_only:g}",
+                mean["hessian-only ASR"] >= margins.hessian_only,
             )
         )
     return claims
@@ -182,6 +186,9 @@ def _bias(mean: Mapping[str, float], margins: Margins) -> Claim:
         f"{mean['bias before BACC']:.1f} biased, {mean['bias none BACC']:.1f} after fine-tuning alone, "
         f"{mean['bias chosen BACC']:.1f} after Fine-purifying, {mean['bias mixing BACC']:.1f} after "
         "Fine-mixing",
-        f"the bias costs {margins.biased:g}; at least {margins.unbiased:+g} over fine-tuning alone",
-        cost >= margins.biased and gained >= margins.unbiased,
+        f"the bias costs {margins.biased:g}; at least {margins.unbiased:+g} over fine-tuning alone, "
+        "and no less than Fine-mixing",
+        cost >= margins.biased
+        and gained >= margins.unbiased
+        and mean["bias chosen BACC"] >= mean["bias mixing BACC"],
     )

@@ -1,5 +1,6 @@
 """The stations of the method as commands, on the user's own models and rows."""
 
+import shlex
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from finepurify.config import (
     TuneConfig,
     check,
     check_rho,
+    check_together,
     with_preset,
 )
 
@@ -100,7 +102,6 @@ def fisher(
     out: Path,
     data: Flat[DataConfig] = DataConfig(),
     config: Flat[FisherConfig] = FisherConfig(),
-    indicator: Flat[IndicatorConfig] = IndicatorConfig(),
     exclude: tuple[str, ...] = (),
     allow_pickle: bool = False,
     overwrite: bool = False,
@@ -128,19 +129,21 @@ def fisher(
     from finepurify.stations import admit, clean_rows, open_pair
     from finepurify.strategies import Evidence
 
-    check(data, config, indicator)
+    check(data, config)
     runtime.start()
     options = options_of(
         {"init": init, "suspect": suspect, "clean-data": clean_data, "exclude": exclude},
-        data, config, indicator, runtime,
+        data, config, runtime,
     )  # fmt: skip
+    pair = open_pair(init, suspect, PurifyConfig(exclude=exclude), allow_pickle)
+    if pair.identical:
+        return _same(pair)
     with RunDir.open(out, options, overwrite) as run:
-        pair = open_pair(init, suspect, PurifyConfig(exclude=exclude), allow_pickle)
         patient = admit(pair, allow_pickle)
         rows = clean_rows(patient, clean_data, data)
         items = encode(rows, patient.tokenizer, data.max_length)
         found = estimate(pair, patient.model, items, patient.pad, config, run, runtime)
-        evidence = Evidence(pair, found, indicator, runtime.seed, architecture=patient.model.config)
+        evidence = Evidence(pair, found, architecture=patient.model.config)
         laws = asdict(laws_of(evidence))
         run.write_json("result.json", laws)
     return Outcome(
@@ -184,6 +187,7 @@ def purify(
         allow_pickle: Read pytorch_model.bin where there is no safetensors file (weights only).
         overwrite: Start anew where a run already lies.
     """
+    from octavo.errors import ConfigError
     from octavo.rundir import RunDir, options_of
 
     from finepurify.report import purify_report
@@ -194,6 +198,12 @@ def purify(
     config, indicator = with_preset(config, preset), with_preset(indicator, preset)
     fisher = with_preset(fisher, preset)
     check(config, indicator, fisher, tune, sweep, data)
+    check_together(config, fisher, indicator)
+    if share is not None and (held_out_data or sweep != SweepConfig()):
+        raise ConfigError(
+            f"--rho {rho}: leaves nothing to choose; leave out --held-out-data, --grid, --drop"
+        )
+    _alone()
     runtime.start()
     options = options_of(
         {"init": init, "suspect": suspect, "clean-data": clean_data, "rho": rho,
@@ -277,8 +287,13 @@ def compare(
     from finepurify.stations import compare as study
 
     check(attack, config, indicator, fisher, tune, sweep, data)
+    check_together(config, fisher, indicator)
+    if config.strategy != PurifyConfig().strategy:
+        raise ConfigError(f"--strategy {config.strategy}: name what is compared with --strategies")
     if known_attack and test_data is None:
         raise ConfigError("--known-attack: needs --test-data to put the pattern into")
+    _known(known_attack, attack)
+    _alone()
     runtime.start()
     options = options_of(
         {"init": init, "suspect": suspect, "clean-data": clean_data, "test-data": test_data,
@@ -297,7 +312,7 @@ def compare(
         test = None
         if test_data is not None:
             test = load_examples(test_data, data, patient.names, "test")
-            warn_of_overlap(rows, test)
+            warn_of_overlap(rows.plus(held), test)
         settings = Settings(data, fisher, indicator, config, tune, sweep, runtime)
         pattern = attack if known_attack else None
         found = study(patient, rows, held, test, pattern, strategies, settings, run)
@@ -329,12 +344,15 @@ def evaluate(
         allow_pickle: Read pytorch_model.bin where there is no safetensors file (weights only).
     """
     from finepurify.data import load_examples
-    from finepurify.models import class_names, load_suspect, tokenizer_of
+    from finepurify.models import class_names, load_suspect, padded, tokenizer_of
     from finepurify.stations import Settings, judged
 
     check(attack, data)
+    _known(known_attack, attack)
+    _alone()
     runtime.start()
-    tokenizer, loaded = tokenizer_of(model), load_suspect(model, allow_pickle)
+    tokenizer = tokenizer_of(model)
+    loaded = padded(load_suspect(model, allow_pickle), tokenizer)
     test = load_examples(test_data, data, class_names(loaded), "test")
     settings = Settings(data, runtime=runtime)
     numbers, _ = judged(loaded, tokenizer, test, attack if known_attack else None, settings)
@@ -368,6 +386,7 @@ def attack(
     from finepurify.stations import make_attacked
 
     check(config, training, data)
+    _alone()
     runtime.start()
     options = options_of({"init": init, "train-data": train_data}, config, training, data, runtime)
     with RunDir.open(out, options, overwrite) as run:
@@ -376,7 +395,8 @@ def attack(
     return Outcome(
         {"Attacked model": [row]},
         note=f"Model: {out / 'model'}\nNext: finepurify evaluate {out / 'model'} --test-data ROWS "
-        f"--known-attack --attack {config.attack}",
+        f"--known-attack --attack {config.attack} --target {config.target} "
+        + " ".join(f"--trigger {shlex.quote(words)}" for words in config.trigger),
     )
 
 
@@ -394,11 +414,12 @@ def report(
         out: Folder of report.html and report.md.
         overwrite: Replace a report.
     """
-    from octavo.rundir import refuse_existing
+    from octavo.errors import ConfigError
 
     from finepurify.report import joint_report
 
-    refuse_existing(out, overwrite)
+    if out.exists() and not (overwrite and out.is_dir()):
+        raise ConfigError(f"{out} exists already; choose another name or add --overwrite")
     page, rows = joint_report(run_folders)
     return Outcome({"Runs": rows}, note=f"Report: {page.save(out)}")
 
@@ -462,6 +483,23 @@ def _share(rho: str) -> float | None:
         raise ConfigError(f"--rho {rho}: must be auto or a share from 0 to 1") from None
     check_rho(share)
     return share
+
+
+def _known(known_attack: bool, attack: AttackConfig) -> None:
+    """Refuse a pattern that would not be looked at."""
+    from octavo.errors import ConfigError
+
+    if not known_attack and attack != AttackConfig():
+        raise ConfigError("--attack, --trigger, --target: are looked at with --known-attack alone")
+
+
+def _alone() -> None:
+    """Refuse several processes where one has to write."""
+    from octavo.errors import ConfigError
+    from octavo.runtime import world_size
+
+    if world_size() > 1:
+        raise ConfigError("only `fisher` runs under torchrun; start this command alone")
 
 
 def _same(pair: "WeightPair") -> Outcome:

@@ -55,6 +55,9 @@ class FisherConfig:
     fisher_batch_size: int = 8
     """Texts at a time."""
 
+    probes: int = 16
+    """Random directions of hutchinson, each costs a backward pass."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndicatorConfig:
@@ -88,6 +91,12 @@ class PurifyConfig:
 
     rho_over: Literal["all", "moved"] = "all"
     """rho is a share of all dimensions, or of those that moved in fine-tuning."""
+
+    scale: Literal["mean", "median"] = "mean"
+    """Of the posterior: k by the mean of r, or by its median, which outliers do not move."""
+
+    head: Literal["keep", "reset"] = "keep"
+    """The classifier, which INIT lacks: the suspect's, or drawn anew and left to the fine-tuning."""
 
     extra_rows: Literal["keep", "mean"] = "keep"
     """Rows of a resized vocabulary that INIT lacks: kept, or compared with INIT's mean row."""
@@ -181,9 +190,19 @@ PAPER: dict[str, Any] = {
 
 
 def with_preset(config: T, preset: Literal["default", "paper"]) -> T:
-    """The configuration with the paper's values in the fields that the preset names."""
+    """The configuration with the paper's values in the fields that the preset names.
+
+    Raises:
+        ConfigError: one of these fields was given another value.
+    """
     if preset == "default":
         return config
+    default = type(config)()
+    for field in fields(config):  # pyright: ignore[reportArgumentType]
+        given = getattr(config, field.name)
+        if given not in (getattr(default, field.name), PAPER.get(field.name, given)):
+            option = "--" + field.name.replace("_", "-")
+            raise ConfigError(f"{option} {given}: --preset paper sets it; leave one of them out")
     names = {field.name for field in fields(config)}  # pyright: ignore[reportArgumentType]
     return replace(config, **{k: v for k, v in PAPER.items() if k in names})  # pyright: ignore
 
@@ -202,6 +221,31 @@ def check(*configs: Any) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {shown}: must be {what}")
 
 
+def check_together(purify: PurifyConfig, fisher: FisherConfig, indicator: IndicatorConfig) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ConfigError: two of them do not.
+    """
+    if fisher.fisher == "hutchinson" and indicator.damping == "absolute":
+        raise ConfigError(
+            "--fisher hutchinson: is noise about zero in flat dimensions, which an epsilon would take "
+            "for curvature; add --damping tensor-mean"
+        )
+    if purify.mode == "posterior":
+        for name, good in (
+            ("strategy", purify.strategy == "fine-purifying"),
+            ("scope", purify.scope == "global"),
+            ("rho_over", purify.rho_over == "all"),
+        ):
+            if not good:
+                option = name.replace("_", "-")
+                raise ConfigError(
+                    f"--mode posterior: is defined for Fine-purifying over all dimensions; leave out "
+                    f"--{option} {getattr(purify, name)}"
+                )
+
+
 def check_rho(rho: float) -> None:
     """Refuse a share that is none.
 
@@ -217,6 +261,7 @@ def check_rho(rho: float) -> None:
 RANGES = [
     ("max_length", lambda n: n >= 4, "4 or more"),
     ("points", lambda p: len(p) > 0 and all(0 <= x <= 1 for x in p), "one or more from 0 to 1"),
+    ("probes", lambda n: n >= 1, "1 or more"),
     ("fisher_batch_size", lambda n: n >= 1, "1 or more"),
     ("damping_share", lambda x: 0 <= x < float("inf"), "0 or more, and finite"),
     ("epsilon", lambda x: 0 < x < float("inf"), "above 0, and finite"),

@@ -174,7 +174,12 @@ def run_demo(
     begin = time.perf_counter()
     for seed in seeds:
         replace(runtime, seed=seed).check()
-    options = options_of({"profile": profile, "seeds": list(seeds), "data": str(data or "")})
+    where = {
+        "device": runtime.device,
+        "dtype": runtime.dtype,
+        "deterministic": runtime.deterministic,
+    }
+    options = options_of({"profile": profile, "seeds": list(seeds), "data": str(data or "")}, where)
     with RunDir.open(out, options, overwrite) as run:
         found = [_of_seed(run, profile, data, replace(runtime, seed=seed)) for seed in seeds]
         claims = judge([numbers(one) for one in found], REAL if data else Margins())
@@ -290,7 +295,6 @@ def numbers(found: dict[str, Found]) -> dict[str, float]:
 def _sentence(rows: Sequence[Row]) -> dict[str, float]:
     alone = at(rows, "none", 1.0)
     return {
-        "sentence before": alone["ASR"],
         "sentence none": alone["ASR"],
         "sentence chosen": (choose(rows, "fine-purifying", DROP) or alone)["ASR"],
         "sentence damped": (choose(rows, "damped 1", DROP) or alone)["ASR"],
@@ -314,9 +318,11 @@ def table(found: Found) -> list[Row]:
     for name in dict.fromkeys(row["strategy"] for row in found.rows):
         chosen = choose(found.rows, name, DROP)
         row: Row = {"defence": "fine-tuning" if name == "none" else name}
-        row["rho"] = (chosen or alone)["rho"]
         row["kept the floor"] = float(chosen is not None)
-        row |= {"ACC": (chosen or alone)["test ACC"], metric: (chosen or alone)[metric]}
+        if chosen:
+            row |= {"rho": chosen["rho"], "ACC": chosen["test ACC"], metric: chosen[metric]}
+        else:  # a mean over the seeds on which it kept the floor
+            row |= {"rho": None, "ACC": None, metric: None}
         row[f"mean {metric} over floors"] = area(found.rows, name, metric)
         rows.append(row)
     return rows
@@ -331,6 +337,9 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
             values = [one.get(column) for one in rows]
             numeric = [value for value in values if isinstance(value, int | float)]
             row[column] = float(np.mean(numeric)) if numeric else values[0]
+            if column in ("ACC", "ASR", "BACC") and len(tables) > 1:
+                spread = float(np.std(numeric, ddof=1)) if len(numeric) > 1 else None
+                row[f"{column} sd"] = spread
         mean.append(row)
     return mean
 

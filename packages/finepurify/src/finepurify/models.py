@@ -112,6 +112,13 @@ def tokenizer_of(source: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def padded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    """The model, told the padding token that its configuration may lack (decoders' often do)."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_of(tokenizer)
+    return model
+
+
 def class_names(model: "PreTrainedModel") -> list[str]:
     """The classes of a classifier in the order of their numbers; none of a language model."""
     if not type(model).__name__.endswith("ForSequenceClassification"):

@@ -1,5 +1,6 @@
 """The Fisher diagonal on clean data at several points on the way from w_init to w_ft."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from octavo import console
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo.rundir import RunDir, atomic
 from octavo.runtime import Runtime, is_main, rank, world_size
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from torch import Tensor
 from finepurify.config import FisherConfig
 from finepurify.data import Item, batches
 from finepurify.fisher import diagonal
+from finepurify.hutchinson import hessian_diagonal
 from finepurify.models import place
 from finepurify.pairing import WeightPair
 
@@ -67,8 +69,16 @@ def fisher(
 
     Returns:
         float32, by the pair's names, each of its tensor's shape.
+
+    Raises:
+        ConfigError: there are fewer rows than processes, or the run holds another diagonal.
     """
+    runtime.wait_for_everyone()
+    if len(items) < world_size():
+        raise ConfigError(f"{len(items)} rows for {world_size()} processes: start fewer")
+    about = _about(pair, items, config, runtime)
     if (run.path / FILE).exists():
+        _same_subject(run.path / FILE, about)
         return load_file(run.path / FILE)
     names = parameters_of(model, pair)
     files = []
@@ -83,13 +93,29 @@ def fisher(
     place(model, names, lambda name: pair.read(name).suspect)
     if is_main():
         mean = {name: _mean_of(files, name) for name in pair.names}
-        about = {"kind": config.fisher, "points": config.points, "rows": len(items)}
         # one entry: safetensors writes several in any order, and a file would not be the same twice
         _save(run.path / FILE, mean, {"fisher": json.dumps(about)})
         for file in files:
             file.unlink()
     runtime.wait_for_everyone()
     return load_file(run.path / FILE)
+
+
+def _about(
+    pair: WeightPair, items: Sequence[Item], config: FisherConfig, runtime: Runtime
+) -> dict[str, Any]:
+    """What a diagonal is of: its kind, and a hash of the rows and of what the two models are."""
+    content = hashlib.sha256(json.dumps(items, sort_keys=True).encode())
+    content.update(f"{pair.numel} {pair.moved()} {pair.names} {runtime.seed}".encode())
+    kind = {"kind": config.fisher, "points": list(config.points), "rows": len(items)}
+    return kind | {"hash": content.hexdigest()}
+
+
+def _same_subject(file: Path, about: dict[str, Any]) -> None:
+    with safe_open(file, "pt") as stored:
+        known = json.loads((stored.metadata() or {}).get("fisher", "null"))
+    if known != about:
+        raise ConfigError(f"{file}: is of other rows, models or points; choose another --out")
 
 
 def between(pair: WeightPair, name: str, point: float) -> Tensor:
@@ -105,17 +131,20 @@ def _shared(
     config: FisherConfig,
     runtime: Runtime,
 ) -> dict[str, Tensor]:
-    """The diagonal at the model's present weights, over all processes' rows."""
+    """The diagonal at the model's present weights, over all processes' rows.
+
+    Hutchinson's keeps its sign here: what is below zero is noise, which a mean takes away.
+    """
     device = runtime.torch_device()
     model.to(cast(Any, device))
     own = items[rank() :: world_size()]
-    found = diagonal(
-        model,
-        _on(device, own, config.fisher_batch_size, pad),
-        kind=config.fisher,
-        engine=config.engine,
-        seed=runtime.seed,
-    )
+    rows = _on(device, own, config.fisher_batch_size, pad)
+    if config.fisher == "hutchinson":
+        found = hessian_diagonal(model, rows, probes=config.probes, seed=runtime.seed)
+    else:
+        # another process draws other labels
+        seed = runtime.seed + 1000 * rank()
+        found = diagonal(model, rows, kind=config.fisher, engine=config.engine, seed=seed)
     if world_size() > 1:
         from torch import distributed
 
@@ -147,4 +176,4 @@ def _mean_of(files: Sequence[Path], name: str) -> Tensor:
     for file in files:
         with safe_open(file, "pt") as stored:
             values.append(stored.get_tensor(name))
-    return torch.stack(values).mean(0)
+    return torch.stack(values).mean(0).clamp(min=0)

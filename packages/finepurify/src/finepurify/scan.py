@@ -105,6 +105,7 @@ def scan(
     frequency: Mapping[int, int] | None = None,
     fisher: Mapping[str, Tensor] | None = None,
     indicator_config: IndicatorConfig = IndicatorConfig(),
+    architecture: Any = None,
     top: int = 20,
 ) -> ScanReport:
     """Look for rows and layers that drifted further than fine-tuning on clean data explains.
@@ -117,6 +118,7 @@ def scan(
         indicator_config: of the r that is told. Rows are judged with a tenth of the tensor's mean
             curvature for damping in any case: an epsilon alone would set apart all words that the
             clean data lacks.
+        architecture: the model's configuration, which tells where key biases are neutral.
         top: how many tokens to list at most.
 
     Returns:
@@ -124,7 +126,7 @@ def scan(
         count as unmoved. Where fewer than 20 rows moved, and less than a tenth of all, each of them
         stands out: fine-tuning moves the rows of all the words that it reads, or none.
     """
-    values = _indicators(pair, fisher, indicator_config)
+    values = _indicators(pair, fisher, indicator_config, architecture)
     layers = _layers(pair, values)
     name = word_embedding(pair)
     if name is None or pair.identical:
@@ -182,7 +184,7 @@ def _row_scores(
         return "drift per count", drift / expected.clamp(min=1e-12).sqrt()
     if fisher is not None:
         damped = replace(config, damping="tensor-mean", damping_share=SHARE)
-        return "indicator", _indicators(pair, fisher, damped)(name).double().mean(1).sqrt()
+        return "indicator", _indicators(pair, fisher, damped, None)(name).double().mean(1).sqrt()
     return "drift", drift
 
 
@@ -285,10 +287,13 @@ def _reason(names: list[str], found: int, judged: int, threshold: float | None) 
 
 
 def _indicators(
-    pair: WeightPair, fisher: Mapping[str, Tensor] | None, config: IndicatorConfig
+    pair: WeightPair,
+    fisher: Mapping[str, Tensor] | None,
+    config: IndicatorConfig,
+    architecture: Any,
 ) -> Callable[[str], Tensor]:
     """What gives r of each dimension of a tensor, or delta^2 without a Fisher diagonal."""
-    evidence = Evidence(pair, fisher=fisher or {}, config=config)
+    evidence = Evidence(pair, fisher=fisher or {}, config=config, architecture=architecture)
     strategy = "delta-only" if fisher is None else "fine-purifying"
     return scores(evidence, PurifyConfig(strategy=strategy))
 

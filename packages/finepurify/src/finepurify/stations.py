@@ -33,6 +33,7 @@ from finepurify.models import (
     load_suspect,
     new_classifier,
     pad_of,
+    padded,
     tokenizer_of,
 )
 from finepurify.pairing import WeightPair
@@ -93,8 +94,9 @@ def admit(pair: WeightPair, allow_pickle: bool = False) -> Patient:
     Raises:
         ModelError: it is no classifier or causal language model, or has no tokenizer.
     """
-    model = load_suspect(pair.suspect.source, allow_pickle)
-    return Patient(pair, model, tokenizer_of(pair.suspect.source), class_names(model))
+    tokenizer = tokenizer_of(pair.suspect.source)
+    model = padded(load_suspect(pair.suspect.source, allow_pickle), tokenizer)
+    return Patient(pair, model, tokenizer, class_names(model))
 
 
 def clean_rows(patient: Patient, source: str, data: DataConfig, split: str = "train") -> Examples:
@@ -171,6 +173,7 @@ def evidence_for(
         ConfigError: a merge has no other model.
     """
     pair, model, pad, runtime = patient.pair, patient.model, patient.pad, settings.runtime
+    others = merged_with(strategies, patient, settings)
     evidence = Evidence(
         pair, config=settings.indicator, seed=runtime.seed, architecture=model.config
     )
@@ -181,19 +184,34 @@ def evidence_for(
         evidence = replace(evidence, frequency=frequencies(items))
     if "fine-pruning" in strategies:
         evidence = replace(evidence, activity=activity(model, pair, items, pad, runtime))
+    return replace(evidence, others=others)
+
+
+def merged_with(
+    strategies: Sequence[str], patient: Patient, settings: Settings
+) -> list[WeightPair]:
+    """The other fine-tuned models of the same INIT that merges need; none where nothing is merged.
+
+    Raises:
+        ConfigError: a merge has no other model.
+        ModelError: another model does not fit.
+    """
     merges = [strategy for strategy in strategies if strategy in ("wag", "ties", "dare")]
-    if merges and not settings.purify.other:
+    if not merges:
+        return []
+    if not settings.purify.other:
         raise ConfigError(
             f"--strategy {merges[0]}: merges with other fine-tuned models; name one with --other"
         )
-    if merges:
-        init, exclude = pair.init.source, settings.purify.exclude
-        others = [WeightPair.load(init, other, exclude=exclude) for other in settings.purify.other]
-        for other in others:
-            if other.names != pair.names:
-                raise ModelError(f"{other.suspect.source}: has other tensors than the suspect")
-        evidence = replace(evidence, others=others)
-    return evidence
+    pair, init = patient.pair, patient.pair.init.source
+    others = [
+        open_pair(init, other, settings.purify, pair.suspect.pickled)
+        for other in settings.purify.other
+    ]
+    for other in others:
+        if other.names != pair.names:
+            raise ModelError(f"{other.suspect.source}: has other tensors than the suspect")
+    return others
 
 
 @dataclass
@@ -244,10 +262,12 @@ def purify(
     evidence = evidence_for([settings.purify.strategy], patient, items, settings, run)
     bench = Bench(
         patient.pair, patient.model, patient.pad, items, judged, held.labels if held else [],
-        settings.tune, run, settings.runtime,
+        settings.tune, run, settings.runtime, settings.purify.head,
     )  # fmt: skip
     rows: list[Row] = []
-    before = after = floor = None
+    before: float | None = None
+    after: float | None = None
+    floor: float | None = None
     met = True
     if rho is None:
         before = bench.accuracy().percent
@@ -266,6 +286,8 @@ def purify(
     model = bench.defended(weights, f"{settings.purify.strategy} {rho:g}")
     stored = patient.pair.suspect.dtype(patient.pair.names[0])
     save_model(run.path / "model", cast(Any, model).to(stored), patient.tokenizer)
+    if held:  # what is written is what is judged, rounded as it is stored
+        after = bench.accuracy().percent
     model.float()
     laws = asdict(laws_of(evidence)) if evidence.fisher else {}
     tensors = _tensors(evidence, settings, rho)
@@ -325,7 +347,7 @@ def compare(
     evidence = evidence_for(strategies, patient, items, settings, run)
     bench = Bench(
         patient.pair, patient.model, patient.pad, items, judged, held.labels, settings.tune, run,
-        settings.runtime,
+        settings.runtime, settings.purify.head,
     )  # fmt: skip
     laws = asdict(laws_of(evidence)) if evidence.fisher else {}
     rows = sweep(bench, trials(evidence, settings.purify, strategies, settings.sweep.grid))
@@ -375,7 +397,17 @@ def judged(
     Returns:
         The row, and [n] of bool: right on the test rows, or with a pattern, right on the rows that
         hold it (a backdoor: on those of other classes).
+
+    Raises:
+        ConfigError: the attack's target is no class of the model.
     """
+    classes = class_names(model)
+    if attack is not None and attack.target >= len(classes):
+        raise ConfigError(
+            f"--target {attack.target}: the model has classes 0 to {len(classes) - 1}"
+            if classes
+            else "--known-attack: needs a classifier; a language model has no class to be lured into"
+        )
     answers = answer_texts(model, tokenizer, test, settings.data.max_length, settings.runtime)
     clean = accuracy(answers, test.labels)
     if attack is None:
@@ -414,7 +446,7 @@ def make_attacked(
     tokenizer = tokenizer_of(init)
     names = label_names(train_data, data)
     examples = load_examples(train_data, data, names, "train")
-    model = new_classifier(init, names, allow_pickle)
+    model = padded(new_classifier(init, names, allow_pickle), tokenizer)
     attacker = Attacker(tokenizer, data.max_length, attack, training, run, runtime)
     attacked(model, examples, attacker)
     save_model(run.path / "model", model, tokenizer)
@@ -466,6 +498,7 @@ def scanned(
         tokenizer,
         frequency=frequencies(items),
         fisher=found,
+        architecture=patient.model.config,
         indicator_config=settings.indicator,
         top=top,
     )

@@ -151,8 +151,9 @@ def _flatness(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
     return values * (1 + 1e-3 * _noise(evidence, name, delta))
 
 
-def _noise(evidence: Evidence, name: str, delta: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed} {name}".encode()))
+def _noise(evidence: Evidence, name: str, delta: Tensor, salt: str = "") -> Tensor:
+    key = f"{evidence.seed} {salt} {name}"
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     return torch.rand(delta.shape, generator=generator)
 
 
@@ -196,10 +197,12 @@ def _posterior(evidence: Evidence, config: PurifyConfig, rho: float) -> Weights:
     pair, values = evidence.pair, scores(evidence, config)
     if rho in (0.0, 1.0):
         return _threshold(evidence, config, rho)
-    split = split_means(pair.names, values, rho)
+    split = split_means(pair.names, values, rho, statistic=config.scale)
 
     def probability(name: str) -> Tensor:
-        return posterior_clean(values(name), split.k_clean, split.k_poison, rho)
+        r = values(name)
+        p = posterior_clean(r, split.k_clean, split.k_poison, rho)
+        return p.masked_fill(r == 0, 1.0)  # neutral: nothing is known against it
 
     def tensor(name: str) -> Tensor:
         both, p = pair.read(name), probability(name)
@@ -233,7 +236,9 @@ def _reset(evidence: Evidence, rho: float) -> Weights:
 def _fine_mixing(evidence: Evidence, rho: float) -> Weights:
     """Each dimension is kept with probability rho (Fine-mixing, Zhang et al. 2022)."""
     pair = evidence.pair
-    keep = {name: _noise(evidence, name, pair.read(name).suspect) < rho for name in pair.names}
+    keep = {
+        name: _noise(evidence, name, pair.read(name).suspect, "mixing") < rho for name in pair.names
+    }
     return _masked(pair, keep)
 
 
