@@ -307,7 +307,6 @@ def table(found: Found) -> list[Row]:
     if not found.rows:
         return []
     metric = "BACC" if "BACC" in found.rows[0] else "ASR"
-    alone = at(found.rows, "none", 1.0)
     before = {
         "defence": "before",
         "rho": None,
