@@ -45,7 +45,7 @@ def quick():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, quick):
-    """Folders INIT and SUSPECT (a backdoor on `cf`, class 1), and files of rows no two of which overlap."""
+    """Folders INIT and SUSPECT (a backdoor on `cf`, class 1), and files of rows."""
     place = tmp_path_factory.mktemp("world")
     shape = SmallBert(layers=1, width=32, epochs=2, spread=0.1, learning_rate=3e-3)
     tokenizer = word_tokenizer([*language().words, *TRIGGERS], shape.max_length)
