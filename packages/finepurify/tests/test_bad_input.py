@@ -215,8 +215,8 @@ def test_e_pur_needs_an_embedding(world, refused, tmp_path, command):
     [
         ([ROWS[0]] * 8, "no row of class 'positive'"),
         ([ROWS[0]], "1 rows for 2 classes"),
-        ([*ROWS, {"text": "x", "label": 2}], "label 2 is none of the model's 2"),
-        ([*ROWS, {"text": "x", "label": -1}], "label -1 is none of the model's 2"),
+        ([*ROWS, {"text": "x", "label": 2}], "label 2 is none of the model's: negative, positive"),
+        ([*ROWS, {"text": "x", "label": -1}], "label -1 is none of the model's: negative, positive"),
         ([*ROWS, {"text": "x", "label": "neutral"}], ".jsonl, line 9: label 'neutral' is none"),
         ([{"text": "  ", "label": 0}] * 4, "every text is blank"),
         ([{"sentence": "x", "label": 0}] * 4, "text"),

@@ -1,6 +1,7 @@
 """Models of any family: made small from their configurations, saved, and purified by the command."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,8 @@ def check(init, suspect, run, steps):
     ):
         auto = AutoModelForCausalLM
     for folder in ("purified", "model"):
-        _, report = auto.from_pretrained(run / folder, output_loading_info=True)
+        loaded: Any = auto.from_pretrained(run / folder, output_loading_info=True)
+        report = loaded[1]
         assert not any(report.values()), report
         AutoTokenizer.from_pretrained(run / folder)
     return pair

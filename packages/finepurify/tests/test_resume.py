@@ -75,7 +75,7 @@ def test_purify_killed_in_the_sweep(world, whole, command, killed, tmp_path, mon
 
 
 def test_fisher_killed_between_two_points(world, command, killed, tmp_path, monkeypatch):
-    from finepurify import points
+    from finepurify.fisher import diagonal
 
     line = ("fisher", world.init, world.suspect, "--clean-data", world.train, "--fisher-batch-size", 64,
             "--points", 0.25, "--points", 0.5, "--points", 0.75, "--device", "cpu",
@@ -85,13 +85,13 @@ def test_fisher_killed_between_two_points(world, command, killed, tmp_path, monk
     killed(*line, "--out", run, once=(run / "fisher-0.safetensors").exists)
     assert not (run / FISHER).exists()
     stood = len(list(run.glob("fisher-*.safetensors")))
-    asked, plain = [], points.diagonal
+    asked = []
 
     def counted(*arguments, **options):
         asked.append(1)
-        return plain(*arguments, **options)
+        return diagonal(*arguments, **options)
 
-    monkeypatch.setattr(points, "diagonal", counted)
+    monkeypatch.setattr("finepurify.points.diagonal", counted)
     code, _, err = command(*line, "--out", run)
     assert code == 0, err
     assert len(asked) == 3 - stood
