@@ -29,6 +29,7 @@ from finepurify.laws import laws_of
 from finepurify.metrics import accuracy, attack_success, differ, measured
 from finepurify.models import (
     answer_texts,
+    check_words,
     class_names,
     load_suspect,
     new_classifier,
@@ -341,7 +342,11 @@ def compare(
         strategies: to compare.
         settings: of all stations.
         run: keeps the sweep, so that a killed comparison goes on.
+
+    Raises:
+        ConfigError: the attack's target is no class of the model's, or a merge has no other model.
     """
+    check_attack(attack, patient.names)
     items = encode(clean, patient.tokenizer, settings.data.max_length)
     judged = encode(held, patient.tokenizer, settings.data.max_length)
     evidence = evidence_for(strategies, patient, items, settings, run)
@@ -383,6 +388,18 @@ def _judged(
 ) -> tuple[Row, Any]:
     """Test numbers of the model as it is, and on which texts it does right (or withstands)."""
     return judged(patient.model, patient.tokenizer, test, attack, settings)
+
+
+def check_attack(attack: AttackConfig | None, names: Sequence[str]) -> None:
+    """Refuse an attack that the model cannot be under: it would be measured as harmless.
+
+    Raises:
+        ConfigError: the model has no classes, or not the target's.
+    """
+    if attack is not None and not names:
+        raise ConfigError("--known-attack: a language model has no class to be lured to")
+    if attack is not None and attack.target >= len(names):
+        raise ConfigError(f"--target {attack.target}: the model has classes 0 to {len(names) - 1}")
 
 
 def judged(
