@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from finepurify.config import RANGES
+from finepurify.pretrain import word_tokenizer
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
@@ -169,6 +170,17 @@ def test_no_tokenizer_is_refused(world, refused, variant):
     assert "tokenizer" in refused("evaluate", folder, "--test-data", world.test, out=None)
 
 
+def test_another_models_tokenizer_is_refused(world, refused, variant):
+    folder = variant()
+    word_tokenizer([f"word{n}" for n in range(2000)], 26).save_pretrained(folder)
+    for words in (
+        *both(world, suspect=folder),
+        ("scan", world.init, folder, "--clean-data", world.clean),
+    ):
+        assert "its tokenizer has 2005 words, the model " in refused(*words)
+    assert "2005 words" in refused("evaluate", folder, "--test-data", world.test, out=None)
+
+
 def test_a_tokenizer_that_can_not_pad_is_refused(world, refused, variant):
     folder = variant()
     file = folder / "tokenizer_config.json"
@@ -216,7 +228,10 @@ def test_e_pur_needs_an_embedding(world, refused, tmp_path, command):
         ([ROWS[0]] * 8, "no row of class 'positive'"),
         ([ROWS[0]], "1 rows for 2 classes"),
         ([*ROWS, {"text": "x", "label": 2}], "label 2 is none of the model's: negative, positive"),
-        ([*ROWS, {"text": "x", "label": -1}], "label -1 is none of the model's: negative, positive"),
+        (
+            [*ROWS, {"text": "x", "label": -1}],
+            "label -1 is none of the model's: negative, positive",
+        ),
         ([*ROWS, {"text": "x", "label": "neutral"}], ".jsonl, line 9: label 'neutral' is none"),
         ([{"text": "  ", "label": 0}] * 4, "every text is blank"),
         ([{"sentence": "x", "label": 0}] * 4, "text"),
@@ -284,6 +299,10 @@ def test_attacks_that_can_not_be(world, refused):
     words = ("attack", world.init, "--train-data", world.clean, "--epochs", 0.1)
     assert "--target 2: the data has classes 0 to 1" in refused(*words, "--target", 2)
     assert "needs --test-data" in refused(*both(world)[1], "--known-attack")
+    words = ("--test-data", world.test, "--known-attack", "--target", 2)
+    said = "--target 2: the model has classes 0 to 1"
+    assert said in refused(*both(world)[1], *words)
+    assert said in refused("evaluate", world.suspect, *words, out=None)
 
 
 def test_the_embedding_attack_needs_a_known_word(world, command, tmp_path):

@@ -206,3 +206,6 @@ def test_a_language_model_is_judged_by_the_tokens_it_predicts(command, clean, tm
                              "--device", "cpu")  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["12 rows"][0]["ACC"] == rows["The suspect as it came"][0]["ACC"]
+    words = ("evaluate", suspect, "--test-data", clean, "--known-attack", "--quiet")
+    code, _, err = command(*words)
+    assert (code, "a language model has no class" in err) == (2, True)
