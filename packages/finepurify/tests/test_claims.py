@@ -174,7 +174,8 @@ def test_the_numbers_of_a_sentence_and_a_bias():
 def test_a_cases_table():
     rows = table(Found({"test ACC": 93.0, "ASR": 100.0}, ROWS))
     assert [one["defence"] for one in rows] == [
-        "before", "fine-tuning", "fine-purifying", "fine-mixing", "delta-only", "hessian-only"]  # fmt: skip
+        "before", "fine-tuning", "fine-purifying", "fine-mixing", "delta-only", "hessian-only"
+    ]  # fmt: skip
     assert rows[2]["rho"] == 0.98
     assert (rows[4]["kept the floor"], rows[4]["ASR"]) == (0.0, 99.0)
     assert table(Found({"test ACC": 93.0})) == []

@@ -78,7 +78,9 @@ def test_counts(tmp_path):
     start = {TABLE: torch.zeros(4, 2), bias: torch.zeros(3)}
     suspect = {TABLE: torch.tensor([[1.0, 0], [1, 1], [0, 1], [1, 1]]), bias: torch.ones(3)}
     curvature = {
-        TABLE: torch.tensor([[1.0, 1], [0, 0], [1, 1], [1, 1e-9]]), bias: torch.full((3,), 1e-20)}  # fmt: skip
+        TABLE: torch.tensor([[1.0, 1], [0, 0], [1, 1], [1, 1e-9]]),
+        bias: torch.full((3,), 1e-20),
+    }
     laws = laws_of(Evidence(pair_of(tmp_path, start, suspect), curvature))
     assert (laws.dimensions, laws.unmoved, laws.flat, laws.neutral) == (11, 2, 2, 3)
     # of the six that moved and can be told of, three have r = 1

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from finepurify import attack, experiment, scan, strategies
-from finepurify.claims import Margins, judge
+from finepurify import attack, experiment, points, scan, strategies
+from finepurify.claims import judge
 from finepurify.demo import TUNE, WORD, numbers
 from finepurify.experiment import ADAMW, Case, Found, run_case, variant
 from finepurify.sweep import FILE
@@ -17,18 +17,17 @@ from octavo.rundir import RunDir
 from octavo.runtime import Runtime
 
 RUNTIME = Runtime(device="cpu", seed=3)
-SIZES = Sizes(pretrain=8_000, train=1_500, held=300, test=600)
-CLEAN = Case("clean-adamw", None, ADAMW, (), scanned=True)
+SIZES = Sizes(pretrain=8_000, train=1_500, held=300, test=400)
+#: More poison and larger steps than the demo's: with half its rows the backdoor must be learnt, too.
+TRAIN = dataclasses.replace(ADAMW, learning_rate=1e-3, epochs=5.0)
+POISON = dataclasses.replace(WORD, rate=0.2)
+CLEAN = Case("clean-adamw", None, TRAIN, (), scanned=True)
 ATTACKED = Case(
-    "word-adamw", WORD, ADAMW,
+    "word-adamw", POISON, TRAIN,
     (variant("fine-purifying", 0.98, 0.9), variant("fine-mixing", 0.9), variant("delta-only", 0.9)),
     scanned=True,
 )  # fmt: skip
 
-#: So small a model, pre-trained for seconds, is less accurate, and its backdoor less deep.
-MARGINS = dataclasses.replace(
-    Margins(), clean=80.0, costs=4.0, success=90.0, tuned=80.0, purified=45.0, drop=2.0
-)
 GATE = "The attack works, and fine-tuning on clean rows does not undo it"
 REMOVES = "Fine-purifying (rho .98) removes the backdoor and keeps accuracy"
 MIXING = "At the same accuracy floor Fine-mixing leaves more of it"
@@ -73,7 +72,7 @@ def again(trained: Trained, tmp_path: Path) -> Any:
 
 
 def verdicts(found: dict[str, Found], **more: float) -> dict[str, bool | None]:
-    return {claim.claim: claim.passed for claim in judge([numbers(found) | more], MARGINS)}
+    return {claim.claim: claim.passed for claim in judge([numbers(found) | more])}
 
 
 @pytest.mark.untraced
@@ -103,7 +102,7 @@ def test_nothing_reset_fails(again, monkeypatch):
 @pytest.mark.untraced
 def test_the_curvature_of_other_dimensions_fails(again, monkeypatch):
     """A Fisher diagonal whose values lie at random places: r is delta^2 with noise."""
-    own = experiment.fisher
+    own = points.fisher
 
     def shuffled(*rest):
         found = own(*rest)
@@ -121,7 +120,8 @@ def test_the_curvature_of_other_dimensions_fails(again, monkeypatch):
 def test_an_attack_that_is_not_learnt_stops_at_the_gate(trained, tmp_path, monkeypatch):
     """Then no defence is praised for what was never there."""
     monkeypatch.setattr(attack, "poison", lambda examples, *rest: (examples, []))
-    none = dataclasses.replace(ATTACKED, variants=())
+    short = dataclasses.replace(TRAIN, epochs=1.0)
+    none = dataclasses.replace(ATTACKED, train=short, variants=())
     found = run_case(trained.world, none, TUNE, RunDir(tmp_path / "run"), RUNTIME)
     rows = [row | {"ASR": found.before["ASR"]} for row in trained.found[ATTACKED.name].rows]
     found = dataclasses.replace(trained.found[ATTACKED.name], before=found.before, rows=rows)

@@ -1,14 +1,16 @@
 """Strategies against hand-worked tensors and independent reimplementations."""
 
 import math
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from finepurify.bench import activity, frequencies
-from finepurify.config import IndicatorConfig, PurifyConfig
+from finepurify.config import IndicatorConfig, PurifyConfig, Strategy
 from finepurify.pairing import WeightPair
 from finepurify.strategies import (
+    OTHERS,
     SCORES,
     Evidence,
     by_tensor,
@@ -49,7 +51,7 @@ def evidence(tmp_path) -> Evidence:
     return Evidence(pair_of(tmp_path, START, suspect), CURVATURE)
 
 
-def reset(evidence: Evidence, strategy: str, rho: float, **options) -> list[tuple[str, int]]:
+def reset(evidence: Evidence, strategy: Any, rho: float, **options) -> list[tuple[str, int]]:
     """Which dimensions are reset: t for the table, b for the bias, and the place."""
     config = PurifyConfig(strategy=strategy, **options)
     keep = kept(evidence, config, rho)
@@ -143,8 +145,14 @@ def test_the_ends_are_the_suspect_and_init(evidence, strategy, mode):
     assert takes_rho(strategy)
 
 
+def test_every_strategy_that_can_be_named_is_there():
+    assert {*SCORES, *OTHERS} == set(get_args(Strategy))
+    assert not SCORES.keys() & OTHERS.keys()
+
+
 def test_strategies_without_a_share(evidence):
-    for strategy, side in (("none", "suspect"), ("reset", "init")):
+    sides: list[tuple[Any, str]] = [("none", "suspect"), ("reset", "init")]
+    for strategy, side in sides:
         weights = purified(evidence, PurifyConfig(strategy=strategy), 0.5)
         for name in (TABLE, BIAS):
             assert torch.equal(weights.tensor(name), getattr(evidence.pair.read(name), side))
@@ -357,16 +365,15 @@ def test_activity_is_that_behind_the_activation_function(tmp_path, family):
     model.eval()
     for name in ("init", "suspect"):
         model.save_pretrained(tmp_path / name)
-        torch.nn.init.normal_(model.score.weight if family == "gpt2" else model.classifier.weight)
     pair = WeightPair.load(tmp_path / "init", tmp_path / "suspect")
     found = activity(model, pair, ITEMS, 0, Runtime(device="cpu"))
     assert set(found) == {f"{name}.{part}" for name in names for part in ("weight", "bias")}
     seen: dict[str, list[Tensor]] = {place: [] for place in places}
-    handles = [
-        model.get_submodule(place).register_forward_hook(
-            lambda module, inputs, output, place=place: seen[place].append(output.reshape(-1, output.shape[-1]))
-        ) for place in places
-    ]  # fmt: skip
+
+    def note(place: str):
+        return lambda module, inputs, output: seen[place].append(output.flatten(0, -2))
+
+    handles = [model.get_submodule(place).register_forward_hook(note(place)) for place in places]
     with torch.no_grad():
         for item in ITEMS:  # one at a time: no padding
             model(input_ids=torch.tensor([item["input_ids"]]))

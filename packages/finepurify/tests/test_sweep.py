@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ class Judge(Bench):
     def __post_init__(self):
         self.tried: list[str] = []
 
-    def defended(self, weights: Weights, name: str):
+    def defended(self, weights: Weights, name: str) -> Any:
         self.tried.append(name)
         self.stays = int((weights.tensor(TABLE) == self.pair.read(TABLE).suspect).sum())
 
@@ -46,7 +47,8 @@ def bench(tmp_path):
 
     def make(name: str = "run") -> Judge:
         (tmp_path / name).mkdir(exist_ok=True)
-        return Judge(pair, None, 0, [], [], [], TuneConfig(), RunDir(tmp_path / name), RUNTIME)
+        model: Any = None
+        return Judge(pair, model, 0, [], [], [], TuneConfig(), RunDir(tmp_path / name), RUNTIME)
 
     return make
 
