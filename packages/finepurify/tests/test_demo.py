@@ -1,9 +1,17 @@
 """The quick demo, once: its claims hold, its page shows them, and it is not overwritten."""
 
 import json
+from dataclasses import replace
+from typing import get_args
 
 import pytest
+from finepurify import demo
+from finepurify.config import AttackKind, Strategy
+from finepurify.demo import cases_of
+from finepurify.experiment import variant
+from finepurify.language import sentences
 from finepurify.sweep import rows_of
+from finepurify.world import Sizes
 from octavo.cli import run
 from octavo.report import load_claims
 from octavo.rundir import RunDir
@@ -79,3 +87,81 @@ def test_other_options_are_refused_before_anything_is_made(command, tmp_path):
     code, _, err = command("demo", "--out", tmp_path / "out", "--data", tmp_path)
     assert code == 2
     assert str(tmp_path) in err
+
+
+# --- the same in seconds, where nothing can be learnt --------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Hardly any rows and updates."""
+    sizes = Sizes(pretrain=160, epochs=1.0, train=64, shots=4, held=20, test=40)
+    monkeypatch.setattr(demo, "SIZES", {"topics": sizes, "real": sizes})
+    monkeypatch.setattr(demo, "TUNE", replace(demo.TUNE, steps=0))
+    monkeypatch.setattr(
+        demo, "PAIR", (variant("fine-purifying", 0.98, 0.9), variant("fine-mixing", 0.9))
+    )
+    monkeypatch.setattr(demo, "DAMPINGS", ())
+    for name in ("SGD", "ADAMW", "REAL_TRAIN"):
+        monkeypatch.setattr(demo, name, replace(getattr(demo, name), epochs=1.0))
+
+
+def test_claims_that_fail_are_told(few, command, tmp_path):
+    out = tmp_path / "out"
+    code, text, err = command("demo", "--out", out, "--seeds", "1", "--device", "cpu")
+    claims = load_claims(out)["claims"]
+    assert code == 3
+    assert claims[0]["verdict"] == "FAIL"
+    failed = sum(claim["verdict"] == "FAIL" for claim in claims)
+    assert f"{failed} of {len(claims)} claims failed" in text + err
+    assert (out / "report.md").read_text().count("| FAIL |") == failed
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A function that writes a folder of texts with their classes."""
+
+    def write(train, test):
+        folder = tmp_path / "texts"
+        folder.mkdir()
+        for name, rows in (("train", train), ("test", test)):
+            lines = [
+                json.dumps({"text": text, "label": label}) + "\n"
+                for text, label in zip(rows.texts, rows.labels, strict=True)
+            ]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+        return folder
+
+    return write
+
+
+def test_texts_of_a_folder(few, command, texts, tmp_path):
+    folder, out = texts(sentences(140, 5), sentences(40, 6)), tmp_path / "out"
+    code, text, _ = command("demo", "--data", folder, "--out", out, "--device", "cpu", "--json")
+    assert code == 3
+    found = json.loads((out / "seed-0.json").read_text())
+    assert list(found) == ["clean-adamw", "word-adamw", "sentence-adamw"]
+    assert "sentence" in " ".join(claim["claim"] for claim in load_claims(out)["claims"])
+    assert json.loads(text)
+
+
+def test_texts_that_will_not_do(few, command, texts, tmp_path):
+    rows = sentences(60, 5)
+    folder = texts(rows, sentences(40, 6))
+    code, _, err = command("demo", "--data", folder, "--out", tmp_path / "a")
+    assert (code, "60 training rows are too few" in err) == (2, True)
+    file = folder / "train.jsonl"
+    file.write_text(file.read_text().replace('"label": 1', '"label": 2'))
+    code, _, err = command("demo", "--data", folder, "--out", tmp_path / "b")
+    assert (code, "labels must be 0, 1, ... in the train file, not [0, 2]" in err) == (2, True)
+
+
+def test_the_full_profile_tries_every_attack_and_strategy():
+    cases = cases_of("full", "a b c", False)
+    attacks = {case.attack.attack for case in cases if case.attack}
+    assert attacks == {*get_args(AttackKind)} - {"biasword"}
+    tried = {one.purify.strategy for case in cases for one in case.variants}
+    assert tried == {*get_args(Strategy)} - {"none"}
+    assert len({case.name for case in cases}) == len(cases)
+    quick = [case.name for case in cases_of("quick", "a b c", False)]
+    assert quick == ["clean-sgd", "word-sgd", "word-adamw"]
