@@ -138,9 +138,9 @@ def test_a_frontier_is_chosen_on_held_rows():
 def found_of(**changes):
     laws = {"spearman": 0.5, "log_sd": 2.5, "median_over_mean": 0.1}
     before = {"test ACC": 93.0, "ASR": 100.0}
-    word = Found(before, ROWS, laws, 1, 600, True)
+    word = Found(before, ROWS, laws, rank=1, judged=600, fires=True)
     clean = Found({"test ACC": 95.0, "ASR": 5.0}, fires=False)
-    adam = Found(before, ROWS, laws | {"spearman": 0.02}, 1, 600, True)
+    adam = Found(before, ROWS, laws | {"spearman": 0.02}, rank=1, judged=600, fires=True)
     return {"clean-sgd": clean, "word-sgd": word, "word-adamw": adam} | changes
 
 

@@ -344,7 +344,7 @@ def evaluate(
         allow_pickle: Read pytorch_model.bin where there is no safetensors file (weights only).
     """
     from finepurify.data import load_examples
-    from finepurify.models import class_names, load_suspect, padded, tokenizer_of
+    from finepurify.models import check_words, class_names, load_suspect, padded, tokenizer_of
     from finepurify.stations import Settings, judged
 
     check(attack, data)
@@ -353,6 +353,7 @@ def evaluate(
     runtime.start()
     tokenizer = tokenizer_of(model)
     loaded = padded(load_suspect(model, allow_pickle), tokenizer)
+    check_words(loaded, tokenizer, model)
     test = load_examples(test_data, data, class_names(loaded), "test")
     settings = Settings(data, runtime=runtime)
     numbers, _ = judged(loaded, tokenizer, test, attack if known_attack else None, settings)

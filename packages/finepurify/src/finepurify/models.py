@@ -112,6 +112,22 @@ def tokenizer_of(source: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def check_words(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", source: str | Path
+) -> None:
+    """Refuse a tokenizer with more words than the model has; tokens added to it later may be more.
+
+    Raises:
+        ModelError: it is another model's.
+    """
+    known = len(cast(Any, model.get_input_embeddings()).weight)
+    if tokenizer.vocab_size > known:
+        raise ModelError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size} words, the model {known}; give the "
+            "model with its own tokenizer"
+        )
+
+
 def padded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
     """The model, told the padding token that its configuration may lack (decoders' often do)."""
     if model.config.pad_token_id is None:

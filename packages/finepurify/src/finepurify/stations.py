@@ -97,6 +97,7 @@ def admit(pair: WeightPair, allow_pickle: bool = False) -> Patient:
     """
     tokenizer = tokenizer_of(pair.suspect.source)
     model = padded(load_suspect(pair.suspect.source, allow_pickle), tokenizer)
+    check_words(model, tokenizer, pair.suspect.source)
     return Patient(pair, model, tokenizer, class_names(model))
 
 
@@ -418,13 +419,7 @@ def judged(
     Raises:
         ConfigError: the attack's target is no class of the model.
     """
-    classes = class_names(model)
-    if attack is not None and attack.target >= len(classes):
-        raise ConfigError(
-            f"--target {attack.target}: the model has classes 0 to {len(classes) - 1}"
-            if classes
-            else "--known-attack: needs a classifier; a language model has no class to be lured into"
-        )
+    check_attack(attack, class_names(model))
     answers = answer_texts(model, tokenizer, test, settings.data.max_length, settings.runtime)
     clean = accuracy(answers, test.labels)
     if attack is None:
