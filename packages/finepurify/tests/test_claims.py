@@ -24,14 +24,14 @@ GOOD = {
 WORSE = {
     1: [{"purify ASR": 26.0}, {"purify ACC": 92.4}],
     2: [{"mixing chosen ASR": 31.0}, {"purify chosen ASR": 41.0}],
-    3: [{"delta-only .9 ACC": 88.5}],
-    4: [{"hessian-only ASR": 29.0}],
+    3: [{"delta-only .9 ACC": 84.5}],
+    4: [{"hessian-only ASR": 89.0}],
     5: [{"spearman sgd": 0.39}, {"spearman adamw": 0.16}, {"spearman adamw": -0.16}],
     6: [{"log sd": 2.1}, {"log sd": 3.1}],
     7: [{"area mixing": 12.0}, {"area mixing": 11.0}],
     8: [{"rank": 2.0}, {"fires": 0.0}, {"false alarm": 1.0}],
     9: [{"sentence chosen": 36.0}, {"sentence none": 59.0}],
-    10: [{"bias chosen BACC": 72.0}, {"bias before BACC": 81.0}],
+    10: [{"bias none BACC": 69.0}, {"bias before BACC": 76.0}, {"bias mixing BACC": 80.5}],
 }
 
 
@@ -59,15 +59,17 @@ def test_each_claim_fails_alone(number, worse):
 def test_nothing_is_claimed_of_a_defence_against_no_attack(worse):
     claims = judge([GOOD | worse])
     assert claims[0].passed is False
-    assert len(claims) == 7  # the four about the method are gone
-    assert not any("Fine-purifying (rho .98)" in claim.claim for claim in claims)
+    assert [claim.passed for claim in claims] == [False, *[None] * 4, *[True] * 6]
+    assert {claim.criterion for claim in claims[1:5]} == {"the attack itself did not work"}
 
 
 def test_margins_are_reached_by_equality():
-    edge = {"purify ASR": 25.0, "purify ACC": 92.5, "mixing chosen ASR": 32.0, "delta-only .9 ACC": 88.0,
-            "hessian-only ASR": 45.0, "spearman sgd": 0.4, "spearman adamw": -0.15, "log sd": 3.0,
-            "sentence chosen": 35.0, "sentence none": 60.0, "bias chosen BACC": 73.0,
-            "bias before BACC": 80.0}  # fmt: skip
+    edge = {
+        "purify ASR": 25.0, "purify ACC": 92.5, "mixing chosen ASR": 32.0, "delta-only .9 ACC": 84.0,
+        "hessian-only ASR": 90.0, "spearman sgd": 0.4, "spearman adamw": -0.15, "log sd": 3.0,
+        "sentence chosen": 35.0, "sentence none": 60.0, "bias chosen BACC": 80.0,
+        "bias before BACC": 75.0, "bias mixing BACC": 80.0,
+    }  # fmt: skip
     assert verdicts(GOOD | edge) == [True] * 11
 
 
@@ -165,7 +167,7 @@ def test_the_numbers_of_a_sentence_and_a_bias():
     }
     found = numbers(found_of(**more))
     assert {key: found[key] for key in found if key.startswith(("sentence", "bias"))} == {
-        "sentence before": 99.0, "sentence none": 99.0, "sentence chosen": 20.0, "sentence damped": 5.0,
+        "sentence none": 99.0, "sentence chosen": 20.0, "sentence damped": 5.0,
         "sentence mixing": 90.0, "bias clean BACC": 94.0, "bias before BACC": 60.0,
         "bias none BACC": 99.0, "bias chosen BACC": 20.0, "bias mixing BACC": 90.0,
     }  # fmt: skip
@@ -177,7 +179,7 @@ def test_a_cases_table():
         "before", "fine-tuning", "fine-purifying", "fine-mixing", "delta-only", "hessian-only"
     ]  # fmt: skip
     assert rows[2]["rho"] == 0.98
-    assert (rows[4]["kept the floor"], rows[4]["ASR"]) == (0.0, 99.0)
+    assert (rows[4]["kept the floor"], rows[4]["rho"], rows[4]["ASR"]) == (0.0, None, None)
     assert table(Found({"test ACC": 93.0})) == []
     assert mean_rows([[{"a": 1.0, "b": "x", "c": None}], [{"a": 3.0, "b": "x", "c": 2.0}]]) == [
         {"a": 2.0, "b": "x", "c": 2.0}
