@@ -224,8 +224,11 @@ def test_posterior_mixes(purified, world):
     assert between > 0
 
 
-def test_the_papers_preset_is_our_reading_of_it(purified, world):
-    run, _ = purified("--preset", "paper", "--rho", 0.8)
+def test_the_papers_preset_is_our_reading_of_it(command, world, tmp_path):
+    run = tmp_path / "run"
+    words = ("purify", world.init, world.suspect, "--clean-data", world.clean, "--preset", "paper")
+    code, _, err = command(*words, "--rho", 0.8, "--steps", 0, "--out", run, *QUIET)
+    assert code == 0, err
     options = yaml.safe_load((run / "config.yaml").read_text())
     assert (options["mode"], options["damping"], options["epsilon"]) == (
         "posterior",
