@@ -323,8 +323,9 @@ def test_a_rho_that_is_no_share_is_refused(world, refused, rho):
 
 WRONG = {
     "max_length": 3, "points": 1.5, "fisher_batch_size": 0, "probes": 0, "damping_share": -1.0,
-    "epsilon": 0.0, "exponent": 3.0, "steps": -1, "learning_rate": 0.0, "batch_size": 0, "grid": 2.0, "drop": 101.0,
-    "held_out": 1.0, "trigger": "", "target": -1, "rate": 0.0, "strength": -1.0, "epochs": 0.0,
+    "epsilon": 0.0, "exponent": 3.0, "steps": -1, "learning_rate": 0.0, "batch_size": 0, "grid": 2.0,
+    "drop": 101.0, "held_out": 1.0, "trigger": "", "target": -1, "rate": 0.0, "strength": -1.0,
+    "epochs": 0.0,
 }  # fmt: skip
 
 
