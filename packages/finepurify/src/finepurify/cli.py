@@ -36,6 +36,9 @@ app = make_app(
 )
 main = partial(run, app)
 
+#: A suspect that lies nearer to INIT, as a share of INIT's length, was not fine-tuned from it.
+LEAST_DRIFT = 1e-6
+
 Preset = Literal["default", "paper"]
 
 
@@ -136,7 +139,7 @@ def fisher(
         data, config, runtime,
     )  # fmt: skip
     pair = open_pair(init, suspect, PurifyConfig(exclude=exclude), allow_pickle)
-    if pair.identical:
+    if pair.drift < LEAST_DRIFT:
         return _same(pair)
     with RunDir.open(out, options, overwrite) as run:
         patient = admit(pair, allow_pickle)
@@ -211,7 +214,7 @@ def purify(
         config, indicator, fisher, tune, sweep, data, runtime,
     )  # fmt: skip
     pair = open_pair(init, suspect, config, allow_pickle)
-    if pair.identical:
+    if pair.drift < LEAST_DRIFT:
         return _same(pair)
     with RunDir.open(out, options, overwrite) as run:
         patient = admit(pair, allow_pickle)
@@ -301,7 +304,7 @@ def compare(
         attack, config, indicator, fisher, tune, sweep, data, runtime,
     )  # fmt: skip
     pair = open_pair(init, suspect, config, allow_pickle)
-    if pair.identical:
+    if pair.drift < LEAST_DRIFT:
         return _same(pair)
     with RunDir.open(out, options, overwrite) as run:
         patient = admit(pair, allow_pickle)
@@ -504,6 +507,7 @@ def _alone() -> None:
 
 
 def _same(pair: "WeightPair") -> Outcome:
-    return Outcome(
-        no=f"{pair.suspect.source} is {pair.init.source}: no compared dimension moved, nothing to purify"
-    )
+    what = "no compared dimension moved"
+    if not pair.identical:
+        what = f"the drift is {pair.drift:.1e} of INIT's length, a rounding's"
+    return Outcome(no=f"{pair.suspect.source} is {pair.init.source}: {what}, nothing to purify")

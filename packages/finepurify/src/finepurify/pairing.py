@@ -307,6 +307,7 @@ class WeightPair:
         for name in self.names:
             self._compare_shapes(name)
         self._moved = 0
+        self._squares = (0.0, 0.0)
 
     @classmethod
     def load(
@@ -372,6 +373,12 @@ class WeightPair:
         """Whether no dimension moved: the suspect is INIT."""
         return self._moved == 0
 
+    @property
+    def drift(self) -> float:
+        """How far the suspect lies from INIT, as a share of INIT's length: ||delta|| / ||w_init||."""
+        moved, length = self._squares
+        return (moved / length) ** 0.5 if length else float(moved > 0)
+
     def moved(self) -> int:
         """How many compared dimensions differ (delta != 0)."""
         return self._moved
@@ -404,6 +411,7 @@ class WeightPair:
             ModelError: some are NaN or infinite; says how many, and in which tensor.
         """
         self._moved = 0
+        moved = length = 0.0
         compared = set(self.names)
         for name in progress(self.suspect.names, "comparing weights", unit="tensors"):
             if name in compared:
@@ -411,8 +419,12 @@ class WeightPair:
                 _refuse_non_finite(self.init.source, self._counterpart[name], both.init)
                 _refuse_non_finite(self.suspect.source, name, both.suspect)
                 self._moved += int((both.init != both.suspect).sum())
+                init = both.init.float()
+                moved += (both.suspect.float() - init).square().sum(dtype=torch.float64).item()
+                length += init.square().sum(dtype=torch.float64).item()
             elif self.kept[name] != "not a weight":
                 _refuse_non_finite(self.suspect.source, name, self.suspect.read(name))
+        self._squares = (moved, length)
 
     def model_name(self, name: str) -> str:
         """A compared tensor's name in the loaded model's `named_parameters()`.

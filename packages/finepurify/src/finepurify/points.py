@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,8 @@ from finepurify.pairing import WeightPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 FILE = "fisher.safetensors"
 
@@ -82,11 +85,12 @@ def fisher(
         return load_file(run.path / FILE)
     names = parameters_of(model, pair)
     files = []
-    for number, point in enumerate(console.progress(config.points, "Fisher", unit="points")):
+    for number, point in enumerate(config.points):
         file = run.path / f"fisher-{number}.safetensors"
         files.append(file)
         if not file.exists():
             place(model, names, lambda name, at=point: between(pair, name, at))
+            log.info("Fisher diagonal at %g of the way, %d rows", point, len(items))
             found = _shared(model, items, pad, config, runtime)
             _save(file, {names[key]: value for key, value in found.items() if key in names})
         runtime.wait_for_everyone()
@@ -138,7 +142,9 @@ def _shared(
     device = runtime.torch_device()
     model.to(cast(Any, device))
     own = items[rank() :: world_size()]
-    rows = _on(device, own, config.fisher_batch_size, pad)
+    rows = console.progress(
+        _on(device, own, config.fisher_batch_size, pad), "Fisher", unit="batches"
+    )
     if config.fisher == "hutchinson":
         found = hessian_diagonal(model, rows, probes=config.probes, seed=runtime.seed)
     else:
