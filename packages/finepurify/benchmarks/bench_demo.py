@@ -1,5 +1,7 @@
 """Collect finished demos for the README's tables: demo.json, quick.json, and NAME.json of real texts.
 
+Claims and tables are made anew from what each seed gave.
+
 finepurify demo --profile full --seeds 3,4,5 --out FOLDER
 python packages/finepurify/benchmarks/bench_demo.py FOLDER...
 """
@@ -10,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from finepurify.demo import numbers
+from finepurify.claims import Margins, judge
+from finepurify.demo import REAL, mean_rows, numbers, table
 from finepurify.experiment import Found
 from octavo.report import load_claims
 from octavo.rundir import write_json
 
 RESULTS = Path(__file__).parent / "results"
+OTHERS = ("multi", "clean-label", "embedding", "layerwise", "adaptive")
+SHOWN = ("before", "fine-tuning", "fine-purifying", "fine-mixing")
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -35,16 +40,32 @@ def collect(folder: Path) -> dict[str, Any]:
         for name in each[0] if each[0][name].judged
         for seed, one in zip(seeds, each, strict=True)
     ]  # fmt: skip
+    tables = {name: mean_rows([table(one[name]) for one in each]) for name in each[0]}
+    claims = judge([numbers(one) for one in each], REAL if data else Margins())
     return {
         "profile": options["profile"],
         "data": data,
         "command": command,
-        **load_claims(folder),
-        **json.loads((folder / "tables.json").read_text(encoding="utf-8")),
+        "seconds": load_claims(folder)["seconds"],
+        "claims": [claim.row() for claim in claims],
+        **{name: rows for name, rows in tables.items() if rows},
+        "attacks": attacks(tables),
         "scans": scanned,
         "numbers": [{"seed": s} | numbers(one) for s, one in zip(seeds, each, strict=True)],
         "environment": environment | {"command": command},
     }
+
+
+def attacks(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row an attack: ASR as it came, after fine-tuning alone, and after both defences."""
+    found = []
+    for name in OTHERS:
+        if name in tables:
+            by = {row["defence"]: row for row in tables[name]}
+            row: dict[str, Any] = {"attack": name, "ACC": by["before"]["ACC"]}
+            row |= {f"ASR {defence}": by[defence]["ASR"] for defence in SHOWN}
+            found.append(row | {f"ACC {d}": by[d]["ACC"] for d in SHOWN[1:]})
+    return found
 
 
 def keep(folder: Path, results: Path = RESULTS) -> Path:

@@ -21,7 +21,6 @@ def test_a_demo_is_collected(benchmark_file, tmp_path):
         (run / "config.yaml").write_text(f"profile: quick\nseeds: [3]\ndata: '{data}'\n")
         (run / "environment.json").write_text("{}")
         (run / "claims.json").write_text('{"claims": [], "seconds": 1}')
-        (run / "tables.json").write_text('{"word-adamw": [{"defence": "before"}]}')
         before = {"test ACC": 94.0, "ASR": 100.0}
         laws = {"spearman": 0.1}
         word = Found(before, ROWS, laws, rank=1, judged=600, fires=True)
@@ -34,6 +33,11 @@ def test_a_demo_is_collected(benchmark_file, tmp_path):
         what = "--data agnews" if data else "--profile quick"
         assert kept["command"] == f"finepurify demo {what} --seeds 3"
         assert kept["numbers"][0]["purify ASR"] == 9.0
+        assert kept["word-adamw"][2] == {
+            "defence": "fine-purifying", "kept the floor": 1.0, "rho": 0.98, "ACC": 93.5, "ASR": 9.0,
+            "mean ASR over floors": 9.0,
+        }  # fmt: skip
+        assert len(kept["claims"]) == 6
         assert [row["alarm"] for row in kept["scans"]] == [False, True]
 
 

@@ -125,7 +125,8 @@ def test_the_embedded_task_as_files(command, world, tmp_path, monkeypatch):
     from finepurify import world as worlds
     from finepurify.language import sentences
 
-    made = worlds.World(world.init, *(sentences(count, count) for count in (9, 4, 3, 5)), 26)
+    train, clean, held, test = (sentences(count, count) for count in (9, 4, 3, 5))
+    made = worlds.World(world.init, train, clean, held, test, 26)
     monkeypatch.setattr(worlds, "topics", lambda sizes, seed, runtime: made)
     assert command("topics", tmp_path / "toy", "--device", "cpu", "--quiet")[0] == 0
     rows = (tmp_path / "toy" / "test.jsonl").read_text().splitlines()
