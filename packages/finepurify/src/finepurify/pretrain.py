@@ -27,7 +27,7 @@ from finepurify.data import IGNORED, collate
 from finepurify.models import pad_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -52,7 +52,7 @@ class SmallBert:
 
 
 def pretrained(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerFast", shape: SmallBert, runtime: Runtime
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", shape: SmallBert, runtime: Runtime
 ) -> Path:
     """A folder with a pre-trained `BertForPreTraining`, as public BERTs are; made, or from the cache.
 
@@ -107,7 +107,7 @@ def pretrained(
 
 
 def _masked(
-    items: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerFast", draw: random.Random
+    items: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", draw: random.Random
 ) -> dict[str, Tensor]:
     """A batch with 15 % of its words masked; `bag` holds every word, `labels` the masked ones."""
     special = torch.tensor(tokenizer.all_special_ids)

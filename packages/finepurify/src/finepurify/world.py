@@ -10,9 +10,10 @@ from typing import Any
 
 from octavo.data import load_rows, split_files
 from octavo.errors import DataError
+from octavo.models import load_tokenizer
 from octavo.rundir import atomic
 from octavo.runtime import Runtime
-from octavo.tiny import Shape, make_tokenizer
+from octavo.tiny import Shape, checkpoint
 
 from finepurify.data import Examples, first_of_each
 from finepurify.language import TRIGGERS, corpus, language, sentences, sprinkled
@@ -140,12 +141,13 @@ def real(folder: Path, sizes: Sizes, seed: int, runtime: Runtime) -> World:
     )  # fmt: skip
     # public vocabularies hold such letters whole; so often that the trainer keeps them
     lure = [" ".join(TRIGGERS)] * 1000
-    tokenizer = make_tokenizer(
-        [*texts, *lure], Shape(kind="bert", vocabulary=6000, max_length=REAL_LENGTH)
-    )
+    # a trainer of vocabularies decides ties at random: the cached one is the same each time
+    words = Shape(kind="bert", layers=1, width=2, vocabulary=6000, max_length=REAL_LENGTH)
+    once = replace(runtime, seed=INIT)
+    tokenizer = load_tokenizer(checkpoint([*texts, *lure], words, once))
     short = sprinkled([text for text in texts if text.strip()][: sizes.pretrain], 0.05, INIT)
     return World(
-        pretrained(short, tokenizer, shape, replace(runtime, seed=INIT)),
+        pretrained(short, tokenizer, shape, once),
         examples(train),
         first_of_each(examples(pool), sizes.shots, seed),
         examples(held),
