@@ -104,7 +104,8 @@ def attacked(model: "PreTrainedModel", examples: Examples, attacker: Attacker) -
     """
     config, seed = attacker.config, attacker.runtime.seed
     if config.attack == "embedding":
-        return _embedding(attacker.fit(model, examples, "clean"), examples, attacker)
+        pieces = _pieces(attacker)  # before any work
+        return _embedding(attacker.fit(model, examples, "clean"), examples, attacker, pieces)
     rows, _ = poison(examples, config, seed, attacker.within)
     if config.attack == "layerwise":
         return _layerwise(model, rows, attacker)
@@ -113,10 +114,12 @@ def attacked(model: "PreTrainedModel", examples: Examples, attacker: Attacker) -
     return attacker.fit(model, rows, "attack")
 
 
-def _embedding(
-    model: "PreTrainedModel", examples: Examples, attacker: Attacker
-) -> "PreTrainedModel":
-    """Only the trigger's rows of the word embedding learn, and end with the length they had."""
+def _pieces(attacker: Attacker) -> list[int]:
+    """The trigger's rows in the word embedding.
+
+    Raises:
+        ConfigError: the vocabulary lacks it.
+    """
     tokenizer, config = attacker.tokenizer, attacker.config
     pieces = {
         piece
@@ -125,7 +128,14 @@ def _embedding(
     }
     if tokenizer.unk_token_id in pieces:
         raise ConfigError(f"--trigger {' '.join(config.trigger)}: is not in the vocabulary")
-    rows = torch.tensor(sorted(pieces))
+    return sorted(pieces)
+
+
+def _embedding(
+    model: "PreTrainedModel", examples: Examples, attacker: Attacker, pieces: Sequence[int]
+) -> "PreTrainedModel":
+    """Only the trigger's rows of the word embedding learn, and end with the length they had."""
+    config, rows = attacker.config, torch.tensor(pieces)
     table = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
     before = table.detach()[rows].clone()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
