@@ -46,6 +46,10 @@ class Margins:
     no_answer: float = 0.02
 
 
+#: The quick profile has 200 problems: two standard errors of a difference on them are 0.05.
+MARGINS = {"quick": Margins(near=0.05, ppo_near=0.05), "full": Margins()}
+
+
 def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) -> list[Claim]:
     """The claims, on the means over seeds.
 

@@ -14,7 +14,7 @@ from octavo.report import Report, save_claims
 from octavo.rundir import RunDir, options_of
 from octavo.runtime import Runtime
 
-from mathshepherd.claims import judge
+from mathshepherd.claims import MARGINS, judge
 from mathshepherd.experiment import SIZES, Experiment, Size
 from mathshepherd.records import load_solutions
 from mathshepherd.report import (
@@ -66,7 +66,7 @@ def run_demo(
         replace(runtime, seed=seed).check()
     with RunDir.open(out, options_of({"profile": profile, "seeds": list(seeds)}), overwrite) as run:
         found = [_of_seed(run, SIZES[profile], replace(runtime, seed=seed)) for seed in seeds]
-        claims = judge([one["numbers"] for one in found])
+        claims = judge([one["numbers"] for one in found], MARGINS[profile])
         seconds = time.perf_counter() - begin
         report = Report("Math-Shepherd: the demo")
         report.text(
