@@ -9,7 +9,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from finepurify.pairing import Checkpoint, WeightPair
+from finepurify.checkpoint import Checkpoint
+from finepurify.pairing import WeightPair
 from octavo.errors import ConfigError, ModelError
 from safetensors.torch import load_file, save_file
 from transformers import (

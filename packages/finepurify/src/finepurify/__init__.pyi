@@ -3,6 +3,7 @@ from .attack import attacked as attacked
 from .bench import Bench as Bench
 from .bench import activity as activity
 from .bench import frequencies as frequencies
+from .checkpoint import Checkpoint as Checkpoint
 from .config import AttackConfig as AttackConfig
 from .config import AttackTrainConfig as AttackTrainConfig
 from .config import DataConfig as DataConfig
@@ -27,7 +28,6 @@ from .metrics import attack_success as attack_success
 from .models import load_suspect as load_suspect
 from .models import new_classifier as new_classifier
 from .models import tokenizer_of as tokenizer_of
-from .pairing import Checkpoint as Checkpoint
 from .pairing import WeightPair as WeightPair
 from .scan import ScanReport as ScanReport
 from .strategies import Evidence as Evidence

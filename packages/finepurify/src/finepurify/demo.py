@@ -180,6 +180,7 @@ def run_demo(
         "deterministic": runtime.deterministic,
     }
     options = options_of({"profile": profile, "seeds": list(seeds), "data": str(data or "")}, where)
+    many = f"mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     with RunDir.open(out, options, overwrite) as run:
         found = [_of_seed(run, profile, data, replace(runtime, seed=seed)) for seed in seeds]
         claims = judge([numbers(one) for one in found], REAL if data else Margins())
@@ -195,7 +196,7 @@ def run_demo(
         report.claims(claims)
         report.text(NOT_HERE)
         for name, rows in tables.items():
-            report.table(f"{name}, mean of {len(seeds)} seeds", rows)
+            report.table(f"{name}, {many}", rows)
         for seed, one in zip(seeds, found, strict=True):
             report.heading(f"Seed {seed}")
             _figures(report, one)
@@ -203,7 +204,6 @@ def run_demo(
         save_claims(claims, seconds, out)
         run.write_json("tables.json", tables)
     failed = [claim.claim for claim in claims if claim.passed is False]
-    many = f"mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     return Outcome(
         {f"{name}, {many}": rows for name, rows in tables.items()}
         | {f"Claims, {many}": [claim.row() for claim in claims]},
@@ -345,7 +345,7 @@ def mean_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
 
 def _figures(report: Report, found: dict[str, Found]) -> None:
     for name, one in found.items():
-        if one.rows:
+        if len(one.rows) > 2:  # more than fine-tuning alone and one other
             metric = "BACC" if "BACC" in one.rows[0] else "ASR"
             report.figure(f"{name}: accuracy against {metric}", frontier_figure(one.rows, metric))
         if one.laws:

@@ -349,10 +349,10 @@ def compare(
     """
     check_attack(attack, patient.names)
     items = encode(clean, patient.tokenizer, settings.data.max_length)
-    judged = encode(held, patient.tokenizer, settings.data.max_length)
+    held_items = encode(held, patient.tokenizer, settings.data.max_length)
     evidence = evidence_for(strategies, patient, items, settings, run)
     bench = Bench(
-        patient.pair, patient.model, patient.pad, items, judged, held.labels, settings.tune, run,
+        patient.pair, patient.model, patient.pad, items, held_items, held.labels, settings.tune, run,
         settings.runtime, settings.purify.head,
     )  # fmt: skip
     laws = asdict(laws_of(evidence)) if evidence.fisher else {}
@@ -363,7 +363,7 @@ def compare(
         chosen = [row or _nothing(name) for name, row in picked.items()]
         return Comparison(rows, chosen, {}, laws)
     bench.place(purified(evidence, NOTHING, 1.0))  # the sweep left its last model there
-    before, _ = _judged(bench, patient, test, attack, settings)
+    before, _ = judged(patient.model, patient.tokenizer, test, attack, settings)
     chosen, right = [], {}
     for name, row in picked.items():
         if row is None:
@@ -371,7 +371,7 @@ def compare(
             continue
         choice = replace(settings.purify, strategy=name)  # pyright: ignore[reportArgumentType]
         bench.defended(purified(evidence, choice, row["rho"]), f"{name} {row['rho']:g}")
-        numbers, right[name] = _judged(bench, patient, test, attack, settings)
+        numbers, right[name] = judged(patient.model, patient.tokenizer, test, attack, settings)
         chosen.append({"strategy": name, "rho": row["rho"], "held ACC": row["ACC"]} | numbers)
     first = next((name for name in strategies if name in right), None)
     for row in chosen:
@@ -382,13 +382,6 @@ def compare(
 
 def _nothing(name: str) -> Row:
     return {"strategy": name, "rho": None, "held ACC": None}
-
-
-def _judged(
-    bench: Bench, patient: Patient, test: Examples, attack: AttackConfig | None, settings: Settings
-) -> tuple[Row, Any]:
-    """Test numbers of the model as it is, and on which texts it does right (or withstands)."""
-    return judged(patient.model, patient.tokenizer, test, attack, settings)
 
 
 def check_attack(attack: AttackConfig | None, names: Sequence[str]) -> None:
