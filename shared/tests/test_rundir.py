@@ -1,8 +1,12 @@
+import errno
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,3 +183,110 @@ def test_time_stamps_tell_when(tmp_path):
         pass
     record = json.loads((run.path / "environment.json").read_text())
     assert record["running_at"] <= record["finished_at"] <= time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+@contextmanager
+def held(folder, options, overwrite=False):
+    """Another process has the run open; it is killed at the end."""
+    ready, here = multiprocessing.Pipe(duplex=False)
+
+    def hold():
+        with RunDir.open(folder, options, overwrite):
+            here.send("open")
+            time.sleep(600)
+
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    here.close()
+    assert ready.recv() == "open"
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in folder.rglob("*")}
+
+
+BUSY = "another process is writing this run; wait for it or stop it, or choose another --out"
+
+
+def test_a_run_that_another_process_writes_is_left_alone_until_that_is_killed(
+    tmp_path, monkeypatch
+):
+    place = tmp_path / "run"
+    with held(place, {"seed": 1}):
+        before = content(place)
+        for options, overwrite in (({"seed": 1}, False), ({"seed": 2}, False), ({"seed": 1}, True)):
+            with pytest.raises(ConfigError, match=f"^{place}: {BUSY}$"):
+                RunDir.open(place, options, overwrite)
+        assert content(place) == before
+        assert files(tmp_path) == ["run"]
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")  # its first process may hold the lock
+            RunDir.open(place, {"seed": 1})
+    with RunDir.open(place, {"seed": 1}) as run:  # nothing was to be cleared away
+        assert run.resumed
+    assert files(place) == ["config.yaml", "environment.json"]
+
+
+def test_of_two_processes_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):
+    import yaml
+
+    place = tmp_path / "run"
+    write = yaml.safe_dump
+    other = held(place, {"seed": 1})
+
+    def meanwhile(*words, **options):
+        monkeypatch.setattr(yaml, "safe_dump", write)
+        other.__enter__()
+        return write(*words, **options)
+
+    monkeypatch.setattr(yaml, "safe_dump", meanwhile)  # after it was seen that nothing lies there
+    try:
+        with pytest.raises(ConfigError, match=BUSY):
+            RunDir.open(place, {"seed": 2})
+        assert (place / "config.yaml").read_text() == "seed: 1\n"
+    finally:
+        other.__exit__(None, None, None)
+
+
+def test_a_run_is_free_for_its_own_process_and_once_it_is_closed(tmp_path):
+    place = tmp_path / "run"
+    first = RunDir.open(place, {})
+    with RunDir.open(place, {}) as again:
+        assert again.resumed
+    del first
+    with held(place, {}, overwrite=True):
+        pass
+    with pytest.raises(ZeroDivisionError), RunDir.open(place, {}):
+        raise ZeroDivisionError
+    with held(place, {}):
+        pass
+
+
+@pytest.mark.parametrize("missing", ["fcntl", "locks"])
+def test_where_there_are_no_such_locks_a_run_is_opened_as_it_is(tmp_path, monkeypatch, missing):
+    import fcntl
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    place = tmp_path / "run"
+    with held(place, {}):
+        if missing == "fcntl":
+            monkeypatch.setitem(sys.modules, "fcntl", None)
+        else:
+            monkeypatch.setattr(fcntl, "lockf", none)
+        assert RunDir.open(place, {}).resumed
+
+
+def test_a_run_whose_options_cannot_be_written(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(ConfigError, match=r"config.yaml: cannot be written \(Permission denied"):
+        RunDir.open(tmp_path / "run", {})

@@ -114,11 +114,8 @@ def run(app: App, arguments: Sequence[str] | None = None) -> int:
     except OctavoError as error:
         return _complain(name, _one_line(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain(
-            name,
-            "interrupted; a started run is resumed by the same command without --overwrite",
-            130,
-        )
+        words = "interrupted; a started run is resumed by the same command without --overwrite"
+        return _complain(name, words, 130)
     if isinstance(outcome, Outcome) and outcome.no:
         return _complain(name, outcome.no, 3)
     return 0

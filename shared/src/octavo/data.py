@@ -210,11 +210,8 @@ def _separated(
     path: Path, file: TextIOBase, kind: str, named: Mapping[str, str], columns: Columns
 ) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**31 - 1)
-    if kind == ".tsv":
-        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    else:
-        reader = csv.reader(file, strict=True)
-    lines = _csv_lines(path, reader)
+    plain: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+    lines = _csv_lines(path, csv.reader(file, strict=True, **plain))
     header = next(lines, None)
     if header is None:
         raise DataError(f"{path}: is empty; the first line must name the columns")

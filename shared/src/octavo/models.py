@@ -79,15 +79,12 @@ def load_model(
     model, report = _loaded(
         kind.from_pretrained, source, "weights", output_loading_info=True, **options
     )
-    missing = _not_matching(report["missing_keys"], new)
-    surplus = _not_matching(report["unexpected_keys"], unused)
-    mismatched = _not_matching([str(key[0]) for key in report["mismatched_keys"]], new)
-    for keys, what in (
-        (missing, "lacks"),
-        (mismatched, "has another shape for"),
-        (surplus, "has weights this architecture does not use:"),
+    for found, allowed, what in (
+        (report["missing_keys"], new, "lacks"),
+        ([str(key[0]) for key in report["mismatched_keys"]], new, "has another shape for"),
+        (report["unexpected_keys"], unused, "has weights this architecture does not use:"),
     ):
-        if keys:
+        if keys := _not_matching(found, allowed):
             some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ModelError(
                 f"{source}: the checkpoint {what} {some}; "

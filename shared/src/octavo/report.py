@@ -57,12 +57,7 @@ class Claim:
 
     def row(self) -> dict[str, str]:
         """The claim as a row of a table."""
-        return {
-            "claim": self.claim,
-            "measured": self.measured,
-            "criterion": self.criterion,
-            "verdict": self.verdict,
-        }
+        return {name: getattr(self, name) for name in ("claim", "measured", "criterion", "verdict")}
 
 
 def save_claims(claims: Sequence[Claim], seconds: float, folder: Path) -> None:

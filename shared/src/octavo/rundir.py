@@ -3,7 +3,8 @@
     with RunDir.open(out, options, overwrite=False) as run:
         run.write_json("metrics.json", {"accuracy": 0.9})
 
-A run that stopped is resumed by the same options; a finished one is never overwritten unasked.
+A run that stopped is resumed by the same options; a finished one is never overwritten unasked, and
+one process at a time has it open.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,10 +41,7 @@ def atomic(path: Path) -> Iterator[Path]:
         ConfigError: nothing can be written there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: nothing can be written there ({error.strerror})") from None
+    _make_folder(path.parent)
     try:
         with _replacing(temporary, path):
             yield temporary
@@ -50,6 +49,13 @@ def atomic(path: Path) -> Iterator[Path]:
         if error.filename not in (str(path), str(temporary)):
             raise  # the caller's own affair
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: nothing can be written there ({error.strerror})") from None
 
 
 @contextmanager
@@ -121,17 +127,19 @@ def _plain(value: Any) -> Any:
 class RunDir:
     """A folder with `config.yaml`, `environment.json`, `metrics.jsonl` and a run's artefacts.
 
-    Open it with `RunDir.open`. Under torchrun every rank may hold one; rank 0 alone writes.
+    Open it with `RunDir.open`. Under torchrun every rank may hold one; rank 0 alone writes, and it
+    alone keeps other processes out.
 
     Attributes:
         path: the folder.
         resumed: whether an earlier, unfinished run is being continued.
     """
 
-    def __init__(self, path: Path, resumed: bool = False, aside: Path | None = None) -> None:
+    def __init__(self, path: Path, resumed: bool = False) -> None:
         self.path = path
         self.resumed = resumed
-        self._aside = aside  # the run that is being replaced, until this one is done
+        self._aside: Path | None = None  # the run that is being replaced, until this one is done
+        self._unlock: Callable[[], object] = lambda: None
 
     @classmethod
     def open(cls, path: Path, options: Mapping[str, Any], overwrite: bool = False) -> "RunDir":
@@ -143,41 +151,45 @@ class RunDir:
             overwrite: start anew where a run already lies.
 
         Raises:
-            ConfigError: the folder holds a finished run, one with other options, or no run at all.
+            ConfigError: the folder holds a finished run, one with other options, one that another
+                process has open, or no run at all.
         """
         import yaml
 
+        run = cls(path)
         if not is_main():
-            return cls(path)
-        aside = None
-        resumed = path.exists() and cls._check_existing(path, options, overwrite)
-        if path.exists() and not resumed:
-            aside = path.with_name(f".{path.name}.replaced")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-        run = cls(path, resumed, aside)
-        if resumed:
+            return run
+        run.resumed = path.exists() and run._check_existing(options, overwrite)
+        if path.exists() and not run.resumed:
+            run._aside = path.with_name(f".{path.name}.replaced")
+            shutil.rmtree(run._aside, ignore_errors=True)
+            path.rename(run._aside)
+        if run.resumed:
             run._mend()
         else:
+            _make_folder(path)
             text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
-            write_text(path / CONFIG, text)
-        run._record(status="running", resumed=resumed)
+            os.write(run._lock(), text.encode())  # locked before it is written: none is quicker
+        run._record(status="running", resumed=run.resumed)
         return run
 
-    @staticmethod
-    def _check_existing(path: Path, options: Mapping[str, Any], overwrite: bool) -> bool:
-        """Whether the run that lies at `path` is to be resumed (True) or replaced (False)."""
+    def _check_existing(self, options: Mapping[str, Any], overwrite: bool) -> bool:
+        """Whether the run that lies there is to be resumed (True) or replaced (False); locks it."""
         import yaml
 
+        path = self.path
         if path.is_dir() and not any(path.iterdir()):
             return False
         if not path.is_dir() or not (path / CONFIG).is_file() or not _status(path):
             raise ConfigError(f"{path} exists and holds no run; choose another --out")
+        # before the lock, which ends when its process closes that file, opened in whatever way
+        text = (path / CONFIG).read_text(encoding="utf-8")
+        self._lock()
         if overwrite:
             return False
         if is_finished(path):
             raise ConfigError(f"{path} holds a finished run; choose another --out or --overwrite")
-        earlier = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")) or {}
+        earlier = yaml.safe_load(text) or {}
         keys = (set(earlier) | set(options)) - VOLATILE
         changed = sorted(key for key in keys if earlier.get(key) != options.get(key))
         if changed:
@@ -188,6 +200,32 @@ class RunDir:
             )
         return True
 
+    def _lock(self) -> int:
+        """Hold the run against other processes, and give its `config.yaml` opened.
+
+        The kernel undoes it at the process's end, however that comes. It is POSIX's kind of lock,
+        which forked workers, that may outlive a killed run, do not inherit.
+        """
+        self._unlock()  # that of the run which is being replaced
+        file = self.path / CONFIG
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be written ({error.strerror})") from None
+        self._unlock = weakref.finalize(self, os.close, descriptor)
+        try:
+            import fcntl
+
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(
+                f"{self.path}: another process is writing this run; wait for it or stop it, or "
+                "choose another --out"
+            ) from None
+        except (ImportError, OSError):
+            pass  # a system, or a file system, without such locks
+        return descriptor
+
     def __enter__(self) -> "RunDir":
         return self
 
@@ -196,8 +234,9 @@ class RunDir:
             return
         if error is None:
             self._record(status="finished")
-            if self._aside:
-                shutil.rmtree(self._aside)
+        self._unlock()
+        if error is None and self._aside:
+            shutil.rmtree(self._aside)
         elif isinstance(error, OctavoError) and not self.resumed and self._is_bare():
             shutil.rmtree(self.path)  # wrong input leaves no folder behind
             if self._aside:
@@ -230,10 +269,8 @@ class RunDir:
 
     def forget(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the lines of `metrics.jsonl` that a resumed training will write again (rank 0 alone)."""
-        if (
-            is_main()
-            and (kept := [line for line in self.metrics() if keep(line)]) != self.metrics()
-        ):
+        lines = self.metrics() if is_main() else []
+        if (kept := [line for line in lines if keep(line)]) != lines:
             write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _mend(self) -> None:

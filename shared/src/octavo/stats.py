@@ -82,13 +82,10 @@ def paired_permutation(
     """
     from scipy.stats import permutation_test
 
-    def difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
-        return np.mean(x - y, axis=axis)
-
     samples = (np.asarray(first, float), np.asarray(second, float))
     result = permutation_test(
         samples,
-        difference,
+        lambda x, y, axis: np.mean(x - y, axis=axis),
         permutation_type="samples",
         n_resamples=resamples,
         batch=max(1, 10_000_000 // len(samples[0])),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from octavo.errors import ConfigError
 from octavo.models import save_model
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime
+from octavo.runtime import Runtime, seed_everything
 from octavo.training import TrainOptions, fit
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def make_tokenizer(texts: Iterable[str], shape: Shape) -> "PreTrainedTokenizerFa
     else:
         roles |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     special = list(dict.fromkeys(roles.values()))
+    common: dict[str, Any] = {"special_tokens": special, "show_progress": False}
     if shape.alphabet == "char":
         characters = sorted(set("".join(texts)))[: shape.vocabulary - len(special)]
         ids = {token: i for i, token in enumerate([*special, *characters])}
@@ -147,20 +148,14 @@ def make_tokenizer(texts: Iterable[str], shape: Shape) -> "PreTrainedTokenizerFa
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=shape.vocabulary, special_tokens=special, show_progress=False
-        )
+        trainer = trainers.WordPieceTrainer(vocab_size=shape.vocabulary, **common)
         tokenizer.train_from_iterator(texts, trainer)
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=shape.vocabulary,
-            special_tokens=special,
-            initial_alphabet=pre.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+        common["initial_alphabet"] = pre.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=shape.vocabulary, **common)
         tokenizer.train_from_iterator(texts, trainer)
     if shape.kind not in CAUSAL:
         tokenizer.post_processor = post.TemplateProcessing(
@@ -183,8 +178,6 @@ def make_model(
 ) -> "PreTrainedModel":
     """A language model of this shape with random weights."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
-    from octavo.runtime import seed_everything
 
     seed_everything(seed)
     head = AutoModelForCausalLM if shape.kind in CAUSAL else AutoModelForMaskedLM

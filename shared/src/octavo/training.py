@@ -161,11 +161,7 @@ def fit(
         loss_is_scaled_for_ga = False
 
         def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
+            self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any
         ) -> Any:
             value = loss(model, inputs) if loss else model(**inputs).loss
             return (value, None) if return_outputs else value
