@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from octavo.stats import bootstrap_interval, calibration_error, mcnemar, paired_permutation
+from octavo.stats import bootstrap_interval, calibration_error, mcnemar
 from scipy.stats import binom, norm
 
 
@@ -35,11 +35,6 @@ def test_mcnemar_by_hand():
     assert mcnemar(first, first) == 1.0
     with pytest.raises(ValueError, match="same items"):
         mcnemar(first, second[:-1])
-
-
-def test_paired_permutation_of_few_pairs_is_exact():
-    first, second = [1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]
-    assert paired_permutation(first, second) == pytest.approx(2 / 16)
 
 
 def test_calibration_error_by_hand():

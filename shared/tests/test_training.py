@@ -59,6 +59,24 @@ def test_a_custom_loss_is_the_one_that_is_minimised(whole, tmp_path):
         assert not (run.path / "checkpoints").exists()
 
 
+def test_a_parameter_may_learn_at_a_rate_of_its_own(tmp_path):
+    model, untouched = train_words.make_model(), train_words.make_model()
+    name = next(name for name, _ in model.named_parameters() if name.endswith("bias"))
+    options = TrainOptions(learning_rate=1e-2, epochs=2, batch_size=8)
+    rates = {f"^{name}$": 1e-9}
+    with RunDir.open(tmp_path / "run", {}) as run:
+        fit(
+            model, train_words.rows(), train_words.collate, run, "own", options=options,
+            runtime=CPU, rates=rates,
+        )  # fmt: skip
+    moved = {
+        key: float((weight - untouched.get_parameter(key)).detach().abs().max())
+        for key, weight in model.named_parameters()
+    }
+    assert moved.pop(name) < 1e-6
+    assert sorted(moved.values())[len(moved) // 2] > 1e-3
+
+
 def test_accumulated_gradients_equal_one_large_batch(whole, tmp_path):
     model = train_words.make_model()
     options = TrainOptions(learning_rate=1e-2, epochs=3, batch_size=4, accumulate=2)

@@ -69,31 +69,6 @@ def mcnemar(first_correct: Sample, second_correct: Sample) -> float:
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
-def paired_permutation(
-    first: Sample, second: Sample, resamples: int = 9999, seed: int = 0
-) -> float:
-    """Two-sided p-value that paired values have the same mean, by swapping within pairs.
-
-    Args:
-        first: values of the one, [n].
-        second: values of the other on the same items.
-        resamples: how many swaps are tried; all of them are where that is fewer.
-        seed: of the swapping.
-    """
-    from scipy.stats import permutation_test
-
-    samples = (np.asarray(first, float), np.asarray(second, float))
-    result = permutation_test(
-        samples,
-        lambda x, y, axis: np.mean(x - y, axis=axis),
-        permutation_type="samples",
-        n_resamples=resamples,
-        batch=max(1, 10_000_000 // len(samples[0])),
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
-
-
 def calibration_error(
     confidence: Sample,
     correct: Sample,

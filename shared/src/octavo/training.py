@@ -9,8 +9,10 @@ import json
 import logging
 import math
 import random
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +87,7 @@ def fit(
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
     lengths: Sequence[int] | None = None,
+    rates: Mapping[str, float] = types.MappingProxyType({}),
 ) -> "PreTrainedModel":
     """Train a model in place; a run that was killed goes on from its last whole checkpoint.
 
@@ -105,6 +108,8 @@ def fit(
             process after each epoch and at the end of a part of one, and rank 0's answer counts.
         lengths: of the items; the batches of one update (`accumulate`) are then each of about equal
             length, which saves padding and changes no update.
+        rates: peak learning rates of parameters by a regular expression of their names, where they are
+            others than the options' one.
 
     Returns:
         The model, trained, in evaluation mode.
@@ -165,6 +170,17 @@ def fit(
         ) -> Any:
             value = loss(model, inputs) if loss else model(**inputs).loss
             return (value, None) if return_outputs else value
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            made, optimizer = self.optimizer, super().create_optimizer(model)
+            for pattern, rate in rates.items() if made is None else ():
+                whole: Any = model or self.model
+                names = {one: name for name, one in whole.named_parameters()}
+                for group in list(optimizer.param_groups):
+                    own = [one for one in group["params"] if re.search(pattern, names[one])]
+                    group["params"] = [one for one in group["params"] if one not in set(own)]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+            return optimizer
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return order or super()._get_train_sampler(train_dataset)

@@ -1,0 +1,94 @@
+"""Glosses' vectors kept on disk: one array, and an index by what each vector was made of.
+
+A vector's key is a hash of the model's weights, the text read, and the formation given, so that neither
+another model nor a changed gloss, template or annotation can meet an old vector.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from octavo.errors import DataError
+from octavo.rundir import atomic
+from torch import nn
+
+from formbert.reader import Reader
+
+INDEX, VECTORS = "index.json", "vectors.npy"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights."""
+    content = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        content.update(name.encode())
+        content.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:32]
+
+
+class GlossCache:
+    """Vectors of glosses of one model, in a folder.
+
+    Args:
+        folder: with what was kept earlier, or to be made.
+        model: whose vectors they are.
+
+    Raises:
+        DataError: the folder is damaged, or another model's.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder = folder
+        self.model = fingerprint(model)
+        self.places: dict[str, int] = {}
+        self.vectors = np.empty((0, 0), np.float32)
+        if folder.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            vectors = np.load(self.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+            owner, keys = index["model"], index["keys"]
+        except (OSError, ValueError, KeyError, EOFError):
+            raise DataError(
+                f"{self.folder}: is no cache of glosses, or damaged; delete it or name another"
+            ) from None
+        if owner != self.model:
+            raise DataError(
+                f"{self.folder}: holds glosses of another model; delete it or name another folder"
+            )
+        if vectors.ndim != 2 or len(vectors) != len(keys):
+            raise DataError(f"{self.folder}: holds {len(vectors)} vectors for {len(keys)} glosses")
+        self.places, self.vectors = {key: at for at, key in enumerate(keys)}, vectors
+
+    def key(self, reader: Reader, sense: int) -> str:
+        """Of one sense's vector."""
+        shares = reader.formations[sense] * reader.known[sense]
+        content = repr((self.model, reader.gloss_tokens[sense], shares.tolist()))
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    def get(self, keys: Sequence[str]) -> dict[int, np.ndarray]:
+        """Vectors that are there, by the place of their key among those asked."""
+        return {
+            at: self.vectors[self.places[key]] for at, key in enumerate(keys) if key in self.places
+        }
+
+    def add(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Keep more vectors; the folder is replaced whole."""
+        fresh = {key: vector for key, vector in vectors.items() if key not in self.places}
+        rows = [np.asarray(self.vectors)] if len(self.vectors) else []
+        together = np.concatenate([*rows, np.stack(list(fresh.values()))]).astype(np.float32)
+        keys = [*self.places, *fresh]
+        with atomic(self.folder) as temporary:
+            temporary.mkdir()
+            np.save(temporary / VECTORS, together)
+            index = {"model": self.model, "keys": keys}
+            (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        self._read()
+
+    def __len__(self) -> int:
+        """How many vectors there are."""
+        return len(self.places)

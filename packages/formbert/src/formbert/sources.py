@@ -1,0 +1,98 @@
+"""Where a sense's formation comes from, before any context is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from formbert.config import ModelOptions
+from formbert.formations import Formation
+from formbert.inventory import Sense
+
+Lexicon = Mapping[str, Mapping[Formation, float]]
+
+
+class GlossPredictor(Protocol):
+    """What says how a word is formed from its gloss; `FormationPredictor` is one."""
+
+    def probabilities(
+        self, words: Sequence[str], *, glosses: Sequence[str] | None, pos: Sequence[str] | None
+    ) -> Float[Tensor, "words labels"]:
+        """Of each word's formations."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is known of formations beside the inventory.
+
+    Attributes:
+        lexicon: shares of formations by word.
+        predictor: says more from words and glosses.
+    """
+
+    lexicon: Lexicon = field(default_factory=dict)
+    predictor: GlossPredictor | None = None
+
+    def table(
+        self, senses: Sequence[Sense], options: ModelOptions, labels: Sequence[str]
+    ) -> tuple[Float[Tensor, "senses labels"], Bool[Tensor, " senses"]]:
+        """Formations of senses by the model's source, and of which they are known.
+
+        Args:
+            senses: to be looked up.
+            options: the model's.
+            labels: formations, or parts of speech.
+
+        Returns:
+            Shares, zeros where unknown; and whether they are known and to be used. Under `predicted` and
+            `soft` annotations are told, for training, and none is to be used.
+        """
+        shares = torch.zeros(len(senses), len(labels))
+        source = options.formation_source
+        if options.signal == "pos":
+            self._annotated(shares, [labels_of(sense, labels) for sense in senses])
+        else:
+            if source not in ("lexicon", "gloss"):
+                self._annotated(shares, [sense.formation for sense in senses])
+            if source in ("auto", "lexicon"):
+                self._from_lexicon(shares, senses)
+            if source in ("auto", "gloss"):
+                self._from_glosses(shares, senses)
+        known = shares.sum(1) > 0
+        return shares, known & (source not in ("predicted", "soft"))
+
+    @staticmethod
+    def _annotated(shares: Tensor, found: Sequence[int | None]) -> None:
+        for row, label in enumerate(found):
+            if label is not None:
+                shares[row, label] = 1.0
+
+    def _from_lexicon(self, shares: Tensor, senses: Sequence[Sense]) -> None:
+        for row, sense in enumerate(senses):
+            if not shares[row].any():
+                for formation, share in self.lexicon.get(sense.word, {}).items():
+                    shares[row, formation] = share
+
+    def _from_glosses(self, shares: Tensor, senses: Sequence[Sense]) -> None:
+        rows = [row for row in range(len(senses)) if not shares[row].any()]
+        if self.predictor is not None and rows:
+            some = [senses[row] for row in rows]
+            shares[rows] = self.predictor.probabilities(
+                [one.word for one in some],
+                glosses=[one.gloss for one in some],
+                pos=[one.pos for one in some],
+            ).to(shares.dtype)
+
+
+def labels_of(sense: Sense, labels: Sequence[str]) -> int | None:
+    """The number of a sense's part of speech; None where the model knows none such."""
+    return labels.index(sense.pos) if sense.pos in labels else None
+
+
+def annotation(sense: Sense, options: ModelOptions, labels: Sequence[str]) -> int | None:
+    """The number of a sense's annotated formation or part of speech; None where it has none."""
+    return labels_of(sense, labels) if options.signal == "pos" else sense.formation
