@@ -217,3 +217,29 @@ def check(model: ModelOptions, objective: ObjectiveOptions) -> None:
     ):  # fmt: skip
         if wrong:
             raise ConfigError(what)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemOptions:
+    """A trained model, an inventory, and what helps them."""
+
+    inventory: str
+    """Senses: a file (tsv, csv, jsonl, json, parquet), or `mini`, the bundled teaching lexicon."""
+
+    formation_source: Source | None = None
+    """Where a sense's formation comes from, if not as in training."""
+
+    formation_lexicon: str | None = None
+    """File of words and formations, for senses without an annotation."""
+
+    formation_predictor: str | None = None
+    """Folder or hub id of a formation predictor, for words that are in no lexicon."""
+
+    cache: str | None = None
+    """Folder in which a bi-encoder's glosses are kept."""
+
+    second: str | None = None
+    """Folder or hub id of a slower model, asked where the first is unsure."""
+
+    margin: float = 0.3
+    """Unsure: the two best candidates' probabilities differ by less."""
