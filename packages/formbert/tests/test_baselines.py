@@ -43,7 +43,7 @@ def instance(text: str, word: str, *gold: str, key: str = "") -> Instance:
 
 
 BANK = instance("银行，他存款。", "存款", "存款_1", key="a")
-INTEREST = instance("这笔存款的利息。", "存款", "存款_2", key="b")
+INTEREST = instance("这笔存款获得利息。", "存款", "存款_2", key="b")
 TABLE = instance("一张桌子。", "桌子", "桌子_1", key="c")
 UNKNOWN = instance("一把椅子。", "椅子", "椅子_1", key="d")
 ALL = [BANK, INTEREST, TABLE, UNKNOWN]
