@@ -14,7 +14,7 @@ from octavo.rundir import atomic
 from formbert.inventory import Inventory
 
 COLUMNS = {
-    "text": str, "word": str | None, "start": int | None, "end": int | None,
+    "text": str, "word": str | None, "start": int | str | None, "end": int | str | None,
     "sense_id": str | None, "gold": str | list | None, "id": str | int | None,
     "split": str | None,
 }  # fmt: skip
@@ -156,8 +156,8 @@ def instance_of(
     row: Mapping[str, Any], number: int = 0, inventory: Inventory | None = None
 ) -> Instance:
     """One instance from the columns that `read_instances` names."""
-    one = locate(row["text"], row.get("word"), row.get("start"))
-    end = row.get("end")
+    start, end = (_place(row.get(name), name) for name in ("start", "end"))
+    one = locate(row["text"], row.get("word"), start)
     if end is not None and end != one.end:
         raise DataError(f"{one.word!r} ends at {one.end}, not at {end}")
     gold = row.get("gold") or row.get("sense_id") or ()
@@ -168,6 +168,15 @@ def instance_of(
             raise DataError(f"{wrong[0]!r} is no sense of {one.word!r} in the inventory")
     key = str(row.get("id") or number)
     return replace(one, gold=names, key=key, split=row.get("split") or "")
+
+
+def _place(value: Any, name: str) -> int | None:
+    """A number of characters; an empty cell is none."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, int):
+        raise DataError(f"{name!r} must be a whole number, not {value!r}")
+    return value
 
 
 def write_instances(path: Path, instances: Iterable[Instance]) -> None:

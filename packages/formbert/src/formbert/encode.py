@@ -107,7 +107,7 @@ class Encoding:
         """The word, and what is said of the sense."""
         pos = f"{sense.pos}，" if self.options.gloss_pos and sense.pos else ""
         morphemes = (
-            f"语素：{'；'.join(sense.morphemes)}"
+            f"语素：{'；'.join(filter(None, sense.morphemes))}"
             if self.options.morphemes and sense.morphemes
             else ""
         )

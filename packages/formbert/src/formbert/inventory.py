@@ -33,7 +33,7 @@ class Sense:
         pos: part of speech, in any tag set; empty where unknown.
         formation: how the word is formed in this sense; None where unknown.
         examples: sentences or phrases that show it.
-        morphemes: what each morpheme means.
+        morphemes: what each morpheme means; empty text for one without a meaning of its own.
     """
 
     sense_id: str
@@ -162,7 +162,7 @@ def _sense(row: Mapping[str, Any], word: str, number: int) -> Sense:
     formation = row["formation"]
     known = formation is not None and str(formation).strip() != ""
     pair = [row["morpheme1"], row["morpheme2"]]
-    morphemes = _several(row["morphemes"]) or tuple(one for one in pair if one)
+    morphemes = _several(row["morphemes"], holes=True) or tuple(one or "" for one in pair)
     return Sense(
         sense_id=(row["sense_id"] or "").strip() or f"{word}_{number:02d}",
         word=word,
@@ -170,7 +170,7 @@ def _sense(row: Mapping[str, Any], word: str, number: int) -> Sense:
         pos=(row["pos"] or "").strip(),
         formation=parse(formation) if known else None,
         examples=_several(row["examples"]),
-        morphemes=morphemes,
+        morphemes=morphemes if any(morphemes) else (),
     )
 
 
@@ -178,10 +178,11 @@ def _plain(words: str) -> str:
     return words.replace("\u3000", " ").strip()
 
 
-def _several(value: Any) -> tuple[str, ...]:
-    """A list as it is, text parted at bars."""
+def _several(value: Any, holes: bool = False) -> tuple[str, ...]:
+    """A list as it is, text parted at bars; empty parts are left out unless they hold a place."""
     parts = value.split("|") if isinstance(value, str) else value or ()
-    return tuple(str(part).strip() for part in parts if str(part).strip())
+    words = [str(part or "").strip() for part in parts]
+    return tuple(words if holes else filter(None, words))
 
 
 def one_hot(senses: Sequence[Sense]) -> list[list[float]]:

@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from octavo.data import iter_rows
+from octavo.errors import DataError
 from torch import Tensor
 
 from formbert.config import ModelOptions
-from formbert.formations import Formation
+from formbert.formations import Formation, parse
 from formbert.inventory import Sense
 
 Lexicon = Mapping[str, Mapping[Formation, float]]
@@ -20,7 +23,7 @@ class GlossPredictor(Protocol):
 
     def probabilities(
         self, words: Sequence[str], *, glosses: Sequence[str] | None, pos: Sequence[str] | None
-    ) -> Float[Tensor, "words labels"]:
+    ) -> Float[np.ndarray, "words labels"]:
         """Of each word's formations."""
         ...
 
@@ -81,11 +84,12 @@ class Sources:
         rows = [row for row in range(len(senses)) if not shares[row].any()]
         if self.predictor is not None and rows:
             some = [senses[row] for row in rows]
-            shares[rows] = self.predictor.probabilities(
+            found = self.predictor.probabilities(
                 [one.word for one in some],
                 glosses=[one.gloss for one in some],
                 pos=[one.pos for one in some],
-            ).to(shares.dtype)
+            )
+            shares[rows] = torch.from_numpy(found).to(shares.dtype)
 
 
 def labels_of(sense: Sense, labels: Sequence[str]) -> int | None:
@@ -96,3 +100,23 @@ def labels_of(sense: Sense, labels: Sequence[str]) -> int | None:
 def annotation(sense: Sense, options: ModelOptions, labels: Sequence[str]) -> int | None:
     """The number of a sense's annotated formation or part of speech; None where it has none."""
     return labels_of(sense, labels) if options.signal == "pos" else sense.formation
+
+
+def read_lexicon(source: str) -> Lexicon:
+    """Formations of words from a file with columns `word` and `formation`.
+
+    A word that stands in several rows has each of its formations by its share of them.
+
+    Raises:
+        DataError: a formation is unknown; the message names the row.
+    """
+    found: dict[str, list[Formation]] = {}
+    for number, row in enumerate(iter_rows(source, {"word": str, "formation": str | int}), 1):
+        try:
+            found.setdefault(row["word"], []).append(parse(row["formation"]))
+        except DataError as error:
+            raise DataError(f"{source}, row {number}: {error}") from None
+    return {
+        word: {one: several.count(one) / len(several) for one in sorted(set(several))}
+        for word, several in found.items()
+    }

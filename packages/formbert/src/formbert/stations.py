@@ -32,13 +32,12 @@ from formbert.disambiguator import Disambiguator, Question, Second, choose_margi
 from formbert.encode import Encoding
 from formbert.formation import FormationPredictor
 from formbert.formations import NAMES
-from formbert.importers import read_lexicon
 from formbert.inventory import Inventory
 from formbert.metrics import compare, evaluate
 from formbert.modeling import build
 from formbert.predictions import Prediction
 from formbert.reader import Reader
-from formbert.sources import Sources
+from formbert.sources import Sources, read_lexicon
 from formbert.tagger import Segmenter, Tagger
 from formbert.training import train
 
