@@ -1,10 +1,10 @@
 """The bundled teaching lexicon: 65 words of two senses each, and sentences made from its frames.
 
-Two senses of a *contrast* word differ in formation (存款, "to save money" and "the money saved"). Those of
-a *control* word do not: either only their part of speech differs (编辑, "to edit" and "an editor"), or not
-even that (饭碗, "a bowl" and "a living"), so that what formation explains can be told from what it does
-not. Words, glosses, formations and sentences were written for this package and are under its licence;
-they teach, and are no gold standard.
+Two senses of a *contrast* word differ in formation (存款, "to save money" and "money saved"). Those of
+a *control* word do not: either only their part of speech differs (编辑, "to edit" and "an editor"), or
+not even that (饭碗, "a bowl" and "a living"), so that what formation explains can be told from what it
+does not. Words, glosses, formations and sentences were written for this package and are under its
+licence; they teach, and are no gold standard.
 
 Each sense has four frames: a sentence with the word between `#` and slots for a person `{人}` and a time
 `{时}`. Both senses of a word yield equally many sentences, so that always taking the first is right half
@@ -27,7 +27,9 @@ from formbert.inventory import Inventory, Sense
 Group = Literal["contrast", "control-pos", "control-same"]
 
 FILE = Path(__file__).with_name("mini_lexicon.tsv")
-COLUMNS = dict.fromkeys(("word", "group", "pos", "formation", "gloss", "frames"), str)
+COLUMNS: dict[str, Any] = dict.fromkeys(
+    ("word", "group", "pos", "formation", "gloss", "frames"), str
+)  # fmt: skip
 
 #: What may stand in a slot.
 FILLERS = {
