@@ -173,7 +173,7 @@ def with_preset(options: T, preset: str) -> T:
             name = field.name.replace("_", "-")
             raise ConfigError(f"--preset {preset} sets --{name} {wanted}, and {given} was given")
         changes[field.name] = wanted
-    return replace(options, **changes)  # pyright: ignore[reportType]
+    return replace(options, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def check(model: ModelOptions, objective: ObjectiveOptions) -> None:

@@ -18,7 +18,7 @@ from formbert.inventory import Inventory
 from formbert.modeling import FormBert, load
 from formbert.predictions import Candidate, Prediction
 from formbert.reader import Item, Reader
-from formbert.scoring import Scored, embed_contexts, embed_glosses, score
+from formbert.scoring import Scored, embed_contexts, embed_glosses, posteriors, score
 from formbert.sources import Sources
 
 if TYPE_CHECKING:
@@ -164,6 +164,20 @@ class Disambiguator:
         spans = self.reader.encoding.spans(instances)
         items = [Item(one, span, ()) for one, span in zip(instances, spans, strict=True)]
         return embed_contexts(self.model, self.reader, items, self.options.batch_tokens)
+
+    def formations(self, questions: Sequence[Question]) -> list[str]:
+        """The likeliest formation (or part of speech) of each word as its context has it.
+
+        Raises:
+            ConfigError: the model has no predictor.
+        """
+        if self.model.options.predictor == "none":
+            raise ConfigError("this model tells no formations from contexts")
+        instances = [_instance(one, number) for number, one in enumerate(questions, 1)]
+        spans = self.reader.encoding.spans(instances)
+        items = [Item(one, span, ()) for one, span in zip(instances, spans, strict=True)]
+        best = posteriors(self.model, self.reader, items, self.options.batch_tokens).argmax(1)
+        return [str(self.reader.labels[label]) for label in best]
 
     def cache_glosses(self) -> int:
         """Compute all glosses' vectors and keep them in the cache; returns how many are there.

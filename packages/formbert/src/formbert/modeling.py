@@ -363,9 +363,7 @@ def build(
         tokenizer.add_special_tokens({"additional_special_tokens": ["[TGT]", "[/TGT]"]})
         encoder.resize_token_embeddings(len(tokenizer))
     kind, model = CLASSES[options.arch]
-    config = kind(
-        encoder=encoder.config.to_dict(), options=asdict(options), labels=list(labels)
-    )
+    config = kind(encoder=encoder.config.to_dict(), options=asdict(options), labels=list(labels))
     made = model(config)  # pyright: ignore[reportArgumentType]
     weights = encoder.state_dict()
     lacking = made.encoder.load_state_dict(weights, strict=False).missing_keys

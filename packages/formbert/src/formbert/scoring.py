@@ -56,16 +56,31 @@ def score(
     return _bi(model, reader, items, batch_tokens, cache)
 
 
+@torch.inference_mode()
+def posteriors(
+    model: FormBert, reader: Reader, items: Sequence[Item], batch_tokens: int = 16_384
+) -> np.ndarray:
+    """Probabilities of the formations in each item's context, [items, labels]."""
+    return _formation_logits(model, reader, items, batch_tokens).softmax(1).numpy()
+
+
+def _formation_logits(
+    model: FormBert, reader: Reader, items: Sequence[Item], budget: int
+) -> Tensor:
+    rows = reader.context_rows(items)
+    logits = torch.empty(len(rows), len(reader.labels))
+    for batch in _batches(reader, rows, budget, "formations"):
+        found = model.formation_logits(_to(model, reader.batch([rows[at] for at in batch])))
+        logits[batch] = found.float().cpu()
+    return logits
+
+
 def _cross(
     model: FormBertCross, reader: Reader, items: Sequence[Item], budget: int
 ) -> list[Scored]:
     logits = None
     if model.options.predictor != "none":
-        rows = reader.context_rows(items)
-        logits = torch.empty(len(rows), len(reader.labels))
-        for batch in _batches(reader, rows, budget, "formations"):
-            found = model.formation_logits(_to(model, reader.batch([rows[at] for at in batch])))
-            logits[batch] = found.float().cpu()
+        logits = _formation_logits(model, reader, items, budget)
     pairs = [(at, sense) for at, item in enumerate(items) for sense in item.candidates]
     rows = reader.pair_rows(items, pairs)
     scores = np.empty(len(pairs))

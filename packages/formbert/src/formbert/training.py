@@ -238,7 +238,6 @@ def temperature(scored: Sequence[Scored], items: Sequence[Item], reader: Reader)
     The one that makes the right senses most probable, from 0.05 to 20.
     """
     from scipy.optimize import minimize_scalar
-    from scipy.special import logsumexp
 
     rows = [
         (one.scores, right_places(item, reader)) for one, item in zip(scored, items, strict=True)
@@ -246,7 +245,8 @@ def temperature(scored: Sequence[Scored], items: Sequence[Item], reader: Reader)
 
     def surprise(log_temperature: float) -> float:
         scaled = [(scores / np.exp(log_temperature), right) for scores, right in rows]
-        return float(np.mean([float(logsumexp(s)) - float(logsumexp(s[r])) for s, r in scaled]))
+        total = np.logaddexp.reduce
+        return float(np.mean([total(s) - total(s[right]) for s, right in scaled]))
 
     bounds = (np.log(0.05), np.log(20.0))
     return float(np.exp(minimize_scalar(surprise, bounds=bounds, method="bounded").x))  # pyright: ignore
