@@ -1,11 +1,13 @@
 """Options that go together, or are refused; and those that other tests leave out."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+TABLE = "bert.embeddings.word_embeddings.weight"
 ALONE = ("--device", "cpu", "--quiet")
 
 
@@ -55,8 +57,6 @@ def test_compare_takes_no_option_that_does_nothing(command, world, tmp_path, wor
 
 
 def test_a_rounding_is_no_drift(command, world, tmp_path):
-    import shutil
-
     shutil.copytree(world.suspect, tmp_path / "near")
     init = load_file(world.init / "model.safetensors")
     near = load_file(tmp_path / "near" / "model.safetensors")
@@ -84,6 +84,63 @@ def test_a_head_is_drawn_anew_where_asked(purify, world, tmp_path):
     assert sorted(differ) == ["classifier.bias", "classifier.weight"]
     assert all(torch.equal(kept[name], suspect[name]) for name in suspect)
     assert not drawn["classifier.bias"].any()
+
+
+def test_a_head_that_is_retrained_learns_alone_first(purify, world, tmp_path):
+    """With no fine-tuning the encoder is the suspect's bit for bit; after it, a reset head is behind."""
+    found, losses = {}, {}
+    for head, steps in (("retrain", 0), ("retrain", 3), ("reset", 3)):
+        out = f"{head}-{steps}"
+        code, _, err = purify(
+            "--rho", 1, "--steps", steps, "--head", head, "--points", 0.5, out=out
+        )
+        assert code == 0, err
+        found[out] = load_file(tmp_path / out / "model" / "model.safetensors")
+        losses[out] = loss_of(tmp_path / out / "model", world.test)
+    suspect = load_file(world.suspect / "model.safetensors")
+    differ = [name for name in suspect if not torch.equal(found["retrain-0"][name], suspect[name])]
+    assert sorted(differ) == ["classifier.bias", "classifier.weight"]
+    assert not torch.equal(found["retrain-3"][TABLE], suspect[TABLE])  # nothing stayed frozen
+    assert max(losses["retrain-0"], losses["retrain-3"]) < 0.4 < 0.5 < losses["reset-3"]
+    assert not (tmp_path / "retrain-3" / "checkpoints").exists()
+    assert "drawn anew, and learnt on clean rows, alone first" in page(tmp_path / "retrain-3")
+    assert "drawn anew, and learnt in the fine-tuning" in page(tmp_path / "reset-3")
+
+
+def loss_of(folder, rows):
+    """Mean cross-entropy of a saved classifier."""
+    from finepurify.config import DataConfig
+    from finepurify.data import collate, encode, load_examples
+    from finepurify.models import load_suspect, tokenizer_of
+
+    model = load_suspect(folder)
+    items = encode(
+        load_examples(str(rows), DataConfig(), ["negative", "positive"], "test"),
+        tokenizer_of(folder),
+        26,
+    )
+    with torch.no_grad():
+        return model(**collate(items, 0)).loss.item()
+
+
+def page(run):
+    return (run / "report.md").read_text()
+
+
+def test_a_head_that_is_not_there_cannot_be_drawn(command, world, tmp_path):
+    other = shutil.copytree(world.suspect, tmp_path / "other")
+    save_file(
+        {name: 1.1 * value for name, value in load_file(other / "model.safetensors").items()},
+        other / "model.safetensors", {"format": "pt"},
+    )  # fmt: skip
+    for head in ("reset", "retrain"):
+        code, _, err = command(
+            "purify", world.suspect, other, "--clean-data", world.clean, "--head", head,
+            "--out", tmp_path / "run", *ALONE,
+        )  # fmt: skip
+        assert (code, err.count("\n")) == (2, 1)
+        assert "has no head of its own" in err
+        assert not (tmp_path / "run").exists()
 
 
 def test_hutchinson_and_the_median(purify, tmp_path):

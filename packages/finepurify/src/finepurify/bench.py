@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from octavo.rundir import RunDir
 from octavo.runtime import Runtime
 from torch import Tensor, nn
 
-from finepurify.config import TuneConfig
+from finepurify.config import Head, TuneConfig
 from finepurify.data import Item, batches
 from finepurify.metrics import Share, accuracy
 from finepurify.models import answers, place
 from finepurify.pairing import WeightPair
 from finepurify.points import parameters_of
 from finepurify.strategies import Weights
-from finepurify.tune import fine_tune
+from finepurify.tune import fine_tune, train_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ class Bench:
         tune: the short fine-tuning.
         run: where trainings keep their checkpoints and metrics.
         runtime: seed, device, precision.
-        head: keep the suspect's classifier, or draw it anew.
+        head: keep the suspect's classifier, draw it anew, or train the new one alone first, too.
     """
 
     pair: WeightPair
@@ -52,22 +52,27 @@ class Bench:
     tune: TuneConfig
     run: RunDir
     runtime: Runtime = field(default_factory=Runtime)
-    head: Literal["keep", "reset"] = "keep"
+    head: Head = "keep"
     _suspect: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._suspect = copy.deepcopy(self.model.state_dict())
-        if self.head == "reset":
+        if self.head != "keep":
             self._draw_head()
 
     def _draw_head(self) -> None:
         """New weights for what INIT lacks: small random matrices, and biases of zero."""
         generator = torch.Generator().manual_seed(self.runtime.seed)
-        for name, why in self.pair.kept.items():
-            if why == "no counterpart in INIT" and name in self._suspect:
-                value = self._suspect[name]
-                drawn = 0.02 * torch.randn(value.shape, generator=generator)
-                value.copy_(drawn if value.ndim > 1 else torch.zeros_like(drawn))
+        for name in self._head_names():
+            value = self._suspect[name]
+            drawn = 0.02 * torch.randn(value.shape, generator=generator)
+            value.copy_(drawn if value.ndim > 1 else torch.zeros_like(drawn))
+
+    def _head_names(self) -> list[str]:
+        """The model's names for what INIT lacks."""
+        return [
+            name for name in map(self.pair.model_name, self.pair.lacking) if name in self._suspect
+        ]
 
     def place(self, weights: Weights) -> "PreTrainedModel":
         """The model with a strategy's weights, and the suspect's where nothing was compared."""
@@ -83,6 +88,11 @@ class Bench:
             name: of the training within the run.
         """
         model = self.place(weights)
+        if self.head == "retrain":
+            train_head(
+                model, self._head_names(), self.items, self.pad, self.tune, self.run,
+                f"{name} head", self.runtime,
+            )  # fmt: skip
         return fine_tune(model, self.items, self.pad, self.tune, self.run, name, self.runtime)
 
     def accuracy(self) -> Share:

@@ -10,6 +10,7 @@ Engine = Literal["auto", "hooks", "loop", "vmap"]
 DampingKind = Literal["absolute", "tensor-mean", "global-mean", "row-mean"]
 Mode = Literal["posterior", "threshold"]
 Scope = Literal["global", "tensor"]
+Head = Literal["keep", "reset", "retrain"]
 Strategy = Literal[
     "fine-purifying", "delta-only", "hessian-only", "random", "fine-mixing", "fine-mixing-sel",
     "e-pur", "fine-pruning", "wag", "ties", "dare", "none", "reset",
@@ -95,8 +96,9 @@ class PurifyConfig:
     scale: Literal["mean", "median"] = "mean"
     """Of the posterior: k by the mean of r, or by its median, which outliers do not move."""
 
-    head: Literal["keep", "reset"] = "keep"
-    """The classifier, which INIT lacks: the suspect's, or drawn anew and left to the fine-tuning."""
+    head: Head = "keep"
+    """The classifier, which INIT lacks: the suspect's (keep), drawn anew and left to the fine-tuning
+    (reset), or drawn anew and first trained alone on the clean rows (retrain)."""
 
     extra_rows: Literal["keep", "mean"] = "keep"
     """Rows of a resized vocabulary that INIT lacks: kept, or compared with INIT's mean row."""

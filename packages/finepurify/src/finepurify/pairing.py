@@ -157,6 +157,11 @@ class WeightPair:
         )  # fmt: skip
 
     @property
+    def lacking(self) -> list[str]:
+        """The suspect's tensors that INIT lacks and nobody excluded: a head."""
+        return [name for name, why in self.kept.items() if why == "no counterpart in INIT"]
+
+    @property
     def numel(self) -> int:
         """How many dimensions (scalar parameters) are compared: d."""
         return sum(self.suspect.numel(name) for name in self.names)

@@ -14,7 +14,7 @@ from octavo.errors import ConfigError
 from octavo.report import Report
 from octavo.rundir import CONFIG, is_finished
 
-from finepurify.config import AttackConfig
+from finepurify.config import AttackConfig, Head
 from finepurify.figures import (
     Rows,
     frontier_figure,
@@ -45,6 +45,13 @@ READING = (
     "our decisions. No number on this page is the paper's."
 )
 
+
+#: What became of the tensors that INIT lacks.
+HEADS = {
+    "keep": "it is the attacker's, and only fine-tuning on clean rows goes over it",
+    "reset": "it was drawn anew, and learnt in the fine-tuning on clean rows",
+    "retrain": "it was drawn anew, and learnt on clean rows, alone first",
+}
 
 # --- tables --------------------------------------------------------------------------------------
 
@@ -96,7 +103,7 @@ def _counted(rows: Rows) -> list[Row]:
     return [dict(row) | ({"reset": int(row["reset"])} if "reset" in row else {}) for row in rows]
 
 
-def _untouched(report: Report, pair: "WeightPair") -> None:
+def _untouched(report: Report, pair: "WeightPair", head: Head = "keep") -> None:
     """What of the suspect was not compared, so that nobody takes it for cleaned."""
     report.heading("What was not touched")
     reasons: dict[str, list[str]] = {}
@@ -106,11 +113,10 @@ def _untouched(report: Report, pair: "WeightPair") -> None:
     if reasons:
         report.text(
             "These tensors of the suspect were neither compared nor reset. A head has no "
-            "counterpart in INIT: it is the attacker's, and only fine-tuning on clean rows goes "
-            "over it."
+            f"counterpart in INIT: {HEADS[head]}."
         )
         report.table(
-            "Kept as they came",
+            "Not compared",
             [{"reason": reason, "tensors": len(names), "dimensions": sum(map(pair.suspect.numel, names)),
               "names": _names(names)} for reason, names in reasons.items()],
         )  # fmt: skip
@@ -277,7 +283,7 @@ def purify_report(
         report.text("rho was given, not chosen: no accuracy was measured.")
     if done.tensors:
         _places(report, done)
-    _untouched(report, pair)
+    _untouched(report, pair, settings.purify.head)
     _premises(report, done.laws, done.rho)
     _reading(report, settings)
     return report

@@ -79,14 +79,21 @@ def open_pair(
 
     Raises:
         ModelError: they cannot be had or do not fit together.
+        ConfigError: a head is to be drawn anew, and there is none.
     """
-    return WeightPair.load(
+    pair = WeightPair.load(
         init,
         suspect,
         exclude=config.exclude,
         extra_rows=config.extra_rows,
         allow_pickle=allow_pickle,
     )
+    if config.head != "keep" and not pair.lacking:
+        raise ConfigError(
+            f"--head {config.head}: {suspect} has no head of its own, INIT has a counterpart of every "
+            "tensor; leave --head out"
+        )
+    return pair
 
 
 def admit(pair: WeightPair, allow_pickle: bool = False) -> Patient:

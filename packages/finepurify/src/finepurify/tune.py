@@ -1,6 +1,7 @@
 """The short fine-tuning on clean rows, which every defence ends with."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from octavo.rundir import RunDir
@@ -12,6 +13,9 @@ from finepurify.data import Item, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+#: A head drawn anew starts from noise: it takes more than the short fine-tuning's small steps.
+HEAD_STEPS, HEAD_RATE = 100, 1e-3
 
 
 def fine_tune(
@@ -43,6 +47,42 @@ def fine_tune(
         batch_size=size,
     )
     return train(model, items, pad, options, run, name, runtime)
+
+
+def train_head(
+    model: "PreTrainedModel",
+    names: Collection[str],
+    items: Sequence[Item],
+    pad: int,
+    config: TuneConfig,
+    run: RunDir,
+    name: str,
+    runtime: Runtime = Runtime(),
+) -> "PreTrainedModel":
+    """Train a new head in place on the clean rows while all else is frozen.
+
+    Fine-tuning under a random head would first of all bend the encoder towards it (linear probing,
+    then fine-tuning: Kumar et al. 2022).
+
+    Args:
+        model: see `fine_tune`.
+        names: of the head's parameters.
+        items: see `fine_tune`.
+        pad: see `fine_tune`.
+        config: its batch size; `HEAD_STEPS` and `HEAD_RATE` are a head's own.
+        run: see `fine_tune`.
+        name: of this training within the run.
+        runtime: see `fine_tune`.
+    """
+    frozen = [each for key, each in model.named_parameters() if key not in names]
+    config = replace(config, steps=HEAD_STEPS, learning_rate=HEAD_RATE)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        return fine_tune(model, items, pad, config, run, name, runtime)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def train(
