@@ -178,7 +178,8 @@ def purify(
     """Reset the poisonous dimensions and fine-tune shortly; exit code 3 when accuracy is not kept.
 
     With --rho auto the smallest share is taken whose accuracy on held-out clean rows stays above the
-    floor; nothing of an attack is looked at.
+    floor; nothing of an attack is looked at. It runs under torchrun too, each process with its share of
+    the rows and of the tensors.
 
     Args:
         init: The public pre-trained model: a folder or a hub id.
@@ -192,6 +193,7 @@ def purify(
     """
     from octavo.errors import ConfigError
     from octavo.rundir import RunDir, options_of
+    from octavo.runtime import is_main
 
     from finepurify.report import purify_report
     from finepurify.stations import Settings, admit, clean_rows, open_pair, split_clean
@@ -206,7 +208,6 @@ def purify(
         raise ConfigError(
             f"--rho {rho}: leaves nothing to choose; leave out --held-out-data, --grid, --drop"
         )
-    _alone()
     runtime.start()
     options = options_of(
         {"init": init, "suspect": suspect, "clean-data": clean_data, "rho": rho,
@@ -226,7 +227,8 @@ def purify(
             )
         settings = Settings(data, fisher, indicator, config, tune, sweep, runtime)
         done = clean(patient, rows, held, share, settings, run)
-        page = purify_report(done, pair, settings, len(rows), len(held or [])).save(out)
+        made = purify_report(done, pair, settings, len(rows), len(held or []))
+        page = made.save(out) if is_main() else None
         run.write_json("result.json", asdict(done))
     row: dict[str, Any] = {"strategy": config.strategy, "rho": done.rho} | done.numbers
     if done.accuracy:
@@ -503,7 +505,7 @@ def _alone() -> None:
     from octavo.runtime import world_size
 
     if world_size() > 1:
-        raise ConfigError("only `fisher` runs under torchrun; start this command alone")
+        raise ConfigError("only `fisher` and `purify` run under torchrun; start this command alone")
 
 
 def _same(pair: "WeightPair") -> Outcome:

@@ -120,13 +120,22 @@ def _groups(
     sizes = torch.tensor([values(name).numel() for name in names], dtype=torch.int64)
     if reduce is not None:
         reduce(sizes)
-    total = max(1, int(sizes.sum()))
-    if not 0 <= count <= int(sizes.sum()):
-        raise ValueError(f"count {count}: there are {int(sizes.sum())} values to choose from")
-    seen = 0
-    for name, size in zip(names, sizes.tolist(), strict=True):
+    yield from zip(([name] for name in names), shares(sizes.tolist(), count), strict=True)
+
+
+def shares(sizes: Sequence[int], count: int) -> list[int]:
+    """As large a share of each size, rounded so that the total is `count`.
+
+    Raises:
+        ValueError: count is out of range.
+    """
+    if not 0 <= count <= sum(sizes):
+        raise ValueError(f"count {count}: there are {sum(sizes)} values to choose from")
+    total, seen, found = max(1, sum(sizes)), 0, []
+    for size in sizes:
         before, seen = seen, seen + size
-        yield [name], count * seen // total - count * before // total
+        found.append(count * seen // total - count * before // total)
+    return found
 
 
 def _ties_before(names: Sequence[str], values: Values, cut: Cut, reduce: Reduce | None) -> int:

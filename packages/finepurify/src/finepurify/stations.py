@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from octavo.errors import ConfigError, DataError, ModelError
 from octavo.models import save_model
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime
+from octavo.runtime import Runtime, is_main
 
 from finepurify.attack import Attacker, attacked
 from finepurify.bench import Bench, activity, frequencies
@@ -258,6 +258,9 @@ def purify(
 ) -> Cleaned:
     """Purify, fine-tune shortly, and save both: `purified/` bit for bit, `model/` after fine-tuning.
 
+    Under torchrun the processes share the rows (Fisher, fine-tuning) and the tensors (selection); the
+    first alone writes.
+
     Args:
         patient: the suspect.
         clean: rows to compute on.
@@ -266,6 +269,7 @@ def purify(
         settings: of all stations.
         run: its folder gets the models, the Fisher diagonal and the sweep.
     """
+    settings.runtime.wait_for_everyone()
     items = encode(clean, patient.tokenizer, settings.data.max_length)
     judged = encode(held, patient.tokenizer, settings.data.max_length) if held else []
     evidence = evidence_for([settings.purify.strategy], patient, items, settings, run)
@@ -291,7 +295,8 @@ def purify(
         rho, after = float(best["rho"]), best["ACC"]
     assert rho is not None
     weights = purified(evidence, settings.purify, rho)
-    patient.pair.write(run.path / "purified", weights.tensor)
+    if is_main():
+        patient.pair.write(run.path / "purified", weights.tensor)
     model = bench.defended(weights, f"{settings.purify.strategy} {rho:g}")
     stored = patient.pair.suspect.dtype(patient.pair.names[0])
     save_model(run.path / "model", cast(Any, model).to(stored), patient.tokenizer)

@@ -14,7 +14,7 @@ import torch
 from octavo.errors import ConfigError
 from torch import Tensor
 
-from finepurify import select
+from finepurify import select, shards
 from finepurify.config import IndicatorConfig, PurifyConfig
 from finepurify.indicator import (
     global_mean,
@@ -168,13 +168,17 @@ SCORES: dict[str, Callable[[Evidence, str, Tensor], Tensor]] = {
 
 
 def kept(evidence: Evidence, config: PurifyConfig, rho: float) -> dict[str, Tensor]:
-    """Which dimensions a score's strategy keeps, [shape of the tensor] of bool by name."""
+    """Which dimensions a score's strategy keeps, [shape of the tensor] of bool by name.
+
+    Under torchrun each process scores a part of the tensors.
+    """
     pair = evidence.pair
     count = round(rho * pair.numel)
     if config.rho_over == "moved":
         count = pair.numel - pair.moved() + round(rho * pair.moved())
     values = scores(evidence, config)
-    return dict(select.masks(pair.names, values, count, scope=config.scope))
+    shapes = {name: pair.suspect.shape(name) for name in pair.names}
+    return shards.masks(shapes, values, count, config.scope)
 
 
 def _threshold(evidence: Evidence, config: PurifyConfig, rho: float) -> Weights:

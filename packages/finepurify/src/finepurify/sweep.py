@@ -9,9 +9,11 @@ from typing import Any
 
 from octavo import console
 from octavo.rundir import RunDir
+from octavo.runtime import is_main
 
 from finepurify.bench import Bench
 from finepurify.config import PurifyConfig, Strategy
+from finepurify.shards import from_first
 from finepurify.strategies import Evidence, Weights, purified, takes_rho
 
 FILE = "sweep.jsonl"
@@ -84,7 +86,7 @@ def sweep(bench: Bench, plan: Sequence[Trial], look: Look | None = None) -> list
     Returns:
         Rows with strategy, rho, ACC on the held rows (percent) with its interval, and what was reset.
     """
-    run, done = bench.run, rows_of(bench.run)
+    run, done = bench.run, from_first(rows_of(bench.run))
     _mend(run, done)
     alone = Trial("none", 1.0, lambda: purified(Evidence(bench.pair), NOTHING, 1.0))
     plan = [alone, *(trial for trial in plan if trial.name != "none")]
@@ -100,7 +102,7 @@ def sweep(bench: Bench, plan: Sequence[Trial], look: Look | None = None) -> list
         row: Row = {"strategy": trial.name, "rho": trial.rho}
         row |= {"ACC": share.percent, "low": low, "high": high}
         row |= weights.numbers | (look(bench) if look else {})
-        known[key] = row
+        known[key] = from_first(row)
         _append(run, row)
     return [known[trial.name, trial.rho] for trial in plan]
 
@@ -127,6 +129,8 @@ def choose(rows: Sequence[Row], strategy: str, drop: float) -> Row | None:
 
 
 def _append(run: RunDir, row: Row) -> None:
+    if not is_main():
+        return
     with (run.path / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from octavo.rundir import RunDir
-from octavo.runtime import Runtime
+from octavo.runtime import Runtime, world_size
 from octavo.training import Loss, TrainOptions, discard_checkpoints, fit
 
 from finepurify.config import TuneConfig
@@ -33,17 +33,18 @@ def fine_tune(
         model: of any kind that computes its own loss.
         items: what `data.encode` made.
         pad: the padding token's id.
-        config: steps (0 leaves the model as it is), learning rate, batch size.
+        config: steps (0 leaves the model as it is), learning rate, batch size; under torchrun each
+            process takes its share of a batch.
         run: holds checkpoints meanwhile, and the metrics.
         name: of this training within the run.
         runtime: seed, device, precision.
     """
     if not config.steps:
         return model.eval()
-    size = min(config.batch_size, len(items))
+    size = -(-min(config.batch_size, len(items)) // world_size())
     options = TrainOptions(
         learning_rate=config.learning_rate,
-        epochs=config.steps / -(-len(items) // size),
+        epochs=config.steps / -(-len(items) // (size * world_size())),
         batch_size=size,
     )
     return train(model, items, pad, options, run, name, runtime)
