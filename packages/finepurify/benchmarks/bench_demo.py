@@ -51,6 +51,12 @@ def collect(folder: Path) -> dict[str, Any]:
         **{name: rows for name, rows in tables.items() if rows},
         "attacks": attacks(tables),
         "scans": scanned,
+        "calibration": [
+            {"suspect": name, "seed": seed} | row
+            for name in each[0]
+            for seed, one in zip(seeds, each, strict=True)
+            for row in one[name].calibration
+        ],
         "numbers": [{"seed": s} | numbers(one) for s, one in zip(seeds, each, strict=True)],
         "environment": environment | {"command": command},
     }

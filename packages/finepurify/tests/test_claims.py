@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from finepurify.claims import Margins, judge
-from finepurify.demo import REAL, mean_rows, numbers, table
+from finepurify.demo import REAL, calibration_words, mean_rows, numbers, table
 from finepurify.experiment import DROPS, Found, area, at, frontier
 
 #: Numbers like those of a full run, on which every claim holds.
@@ -184,3 +184,34 @@ def test_a_cases_table():
     assert mean_rows([[{"a": 1.0, "b": "x", "c": None}], [{"a": 3.0, "b": "x", "c": 2.0}]]) == [
         {"a": 2.0, "b": "x", "c": 2.0}
     ]
+
+
+def test_a_table_tells_intervals_and_seconds_where_they_were_noted():
+    noted = {"test ACC 95 %": "91.0 to 95.0", "ASR 95 %": "3.0 to 9.0"}
+    rows = [one | noted | {"seconds": 2.0} for one in ROWS]
+    found = Found({"test ACC": 93.0, "ASR": 100.0} | noted, rows, seconds={"fine-purifying": 1.5})
+    before, alone, purified, *_ = table(found)
+    assert list(before) == ["defence", "rho", "ACC", "ACC 95 %", "ASR", "ASR 95 %"]
+    assert (purified["ACC 95 %"], purified["ASR 95 %"]) == ("91.0 to 95.0", "3.0 to 9.0")
+    assert (alone["seconds"], purified["seconds"]) == (2.0, 3.5)  # with its Fisher diagonal
+    one = mean_rows([table(found)])
+    assert one[2]["ACC 95 %"] == "91.0 to 95.0"
+    slower = Found(found.before, [row | {"seconds": 4.0} for row in rows])
+    both = mean_rows([table(found), table(slower)])  # of two seeds the spread is told
+    assert not any("95 %" in column for row in both for column in row)
+    assert (both[1]["seconds"], both[1]["ACC sd"]) == (3.0, 0.0)
+
+
+def test_a_column_that_the_first_seed_lacks_is_there():
+    lost = {"defence": "a", "ACC": None}
+    kept = {"defence": "a", "ACC": 90.0, "seconds": 4.0}
+    for tables in ([[lost], [kept]], [[kept], [lost]]):
+        assert mean_rows(tables) == [{"defence": "a", "ACC": 90.0, "ACC sd": None, "seconds": 4.0}]
+
+
+def test_what_the_posterior_is_worth_is_said():
+    bins = [{"p": 0.02, "clean": 0.75, "dimensions": 1200}, {"p": 0.09, "clean": 1.0, "dimensions": 400},
+            {"p": 0.5, "clean": 0.0, "dimensions": 9}]  # fmt: skip
+    words = calibration_words(bins)
+    assert "gives 1,600 dimensions a p(clean) below 0.1, and 81.2 % of these" in words
+    assert "gives 0 dimensions" in calibration_words(bins[2:])

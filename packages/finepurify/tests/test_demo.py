@@ -62,7 +62,27 @@ def test_its_files(report):
         "none", "fine-purifying", "fine-mixing", "delta-only", "hessian-only"}  # fmt: skip
     (name,) = [name for name in json.loads((out / "tables.json").read_text()) if name == "word-sgd"]
     assert found[name]["rank"] == 1
+    tables = json.loads((out / "tables.json").read_text())
+    for row in tables[name]:
+        if row["rho"] is not None or row["defence"] == "before":
+            low, high = map(float, row["ASR 95 %"].split(" to "))
+            assert low - 0.05 <= row["ASR"] <= high + 0.05
+            assert row["defence"] == "before" or row["seconds"] > 0
     assert not list(out.rglob("checkpoint-*"))
+
+
+def test_the_posterior_is_held_against_the_truth(report):
+    """It is not calibrated: most of what it is sure to be poisonous is not the trigger's row."""
+    _, out = report
+    found = json.loads((out / "seed-0.json").read_text())["word-sgd"]
+    bins = found["calibration"]
+    assert sum(row["dimensions"] for row in bins) == found["laws"]["dimensions"]
+    poisonous = sum((1 - row["clean"]) * row["dimensions"] for row in bins)
+    assert poisonous == pytest.approx(48)  # a row of the embedding
+    assert bins[0]["p"] < 0.1 < 0.9 < bins[0]["clean"]
+    page = (out / "report.md").read_text()
+    assert "is p(clean | r) what it says?" in page
+    assert "is no probability to be taken at its word" in page
 
 
 def test_the_laws_of_the_reported_models(report):

@@ -41,6 +41,7 @@ class Bench:
         run: where trainings keep their checkpoints and metrics.
         runtime: seed, device, precision.
         head: keep the suspect's classifier, draw it anew, or train the new one alone first, too.
+        seconds: what the last trial of a sweep took: choosing dimensions, and the fine-tuning.
     """
 
     pair: WeightPair
@@ -53,6 +54,7 @@ class Bench:
     run: RunDir
     runtime: Runtime = field(default_factory=Runtime)
     head: Head = "keep"
+    seconds: float = 0.0
     _suspect: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -55,7 +55,8 @@ ABOUT = {
     "A defender has 64 clean rows of each class to compute on and 600 to choose rho by.",
 }
 HOW = (
-    "Every defence is followed by the same short fine-tuning. rho is chosen on held rows: the smallest "
+    "Every defence is followed by the same short fine-tuning; seconds are of both and of what a defence "
+    "looks at (a Fisher diagonal), intervals are Wilson's. rho is chosen on held rows: the smallest "
     f"whose accuracy is at most {DROP:g} points below fine-tuning alone. Test rows and triggers are "
     "looked at after that, and by nobody who chooses."
 )
@@ -307,19 +308,15 @@ def table(found: Found) -> list[Row]:
     if not found.rows:
         return []
     metric = "BACC" if "BACC" in found.rows[0] else "ASR"
-    before = {
-        "defence": "before",
-        "rho": None,
-        "ACC": found.before["test ACC"],
-        metric: found.before[metric],
-    }
-    rows: list[Row] = [before]
+    rows: list[Row] = [{"defence": "before", "rho": None} | _tested(found.before, metric)]
     for name in dict.fromkeys(row["strategy"] for row in found.rows):
         chosen = choose(found.rows, name, DROP)
         row: Row = {"defence": "fine-tuning" if name == "none" else name}
         row["kept the floor"] = float(chosen is not None)
         if chosen:
-            row |= {"rho": chosen["rho"], "ACC": chosen["test ACC"], metric: chosen[metric]}
+            row |= {"rho": chosen["rho"]} | _tested(chosen, metric)
+            if "seconds" in chosen:
+                row["seconds"] = chosen["seconds"] + found.seconds.get(name, 0.0)
         else:  # a mean over the seeds on which it kept the floor
             row |= {"rho": None, "ACC": None, metric: None}
         row[f"mean {metric} over floors"] = area(found.rows, name, metric)
@@ -327,12 +324,28 @@ def table(found: Found) -> list[Row]:
     return rows
 
 
+def _tested(row: Row, metric: str) -> Row:
+    """The test numbers of a row, each with its interval where that was noted."""
+    found: Row = {}
+    for name, source in (("ACC", "test ACC"), (metric, metric)):
+        found[name] = row[source]
+        if f"{source} 95 %" in row:
+            found[f"{name} 95 %"] = row[f"{source} 95 %"]
+    return found
+
+
 def mean_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
-    """Tables of the same rows, each number the mean over them."""
+    """Tables of the same rows, each number the mean over them.
+
+    Of several the spread over seeds is told instead of each one's intervals, which do not know of it.
+    """
     mean = []
     for rows in zip(*tables, strict=True):
         row: Row = {}
-        for column in rows[0]:
+        columns = list(dict.fromkeys(name for one in rows for name in one))
+        for column in columns:
+            if column.endswith(" 95 %") and len(tables) > 1:
+                continue
             values = [one.get(column) for one in rows]
             numeric = [value for value in values if isinstance(value, int | float)]
             row[column] = float(np.mean(numeric)) if numeric else values[0]
@@ -353,3 +366,18 @@ def _figures(report: Report, found: dict[str, Found]) -> None:
             report.figure(f"{name}: the indicator", histogram_figure(one.laws, 0.98))
         if one.calibration:
             report.figure(f"{name}: the posterior", calibration_figure(one.calibration))
+            report.table(f"{name}: is p(clean | r) what it says?", one.calibration)
+            report.text(calibration_words(one.calibration))
+
+
+def calibration_words(bins: Sequence[Row]) -> str:
+    """What the reliability of the posterior comes to, in plain words."""
+    doubted = [row for row in bins if row["p"] < 0.1]
+    count = sum(row["dimensions"] for row in doubted)
+    clean = sum(row["clean"] * row["dimensions"] for row in doubted) / max(1, count)
+    return (
+        "What is known to be poisonous here is the trigger's row of the word embedding; all else counts "
+        f"as clean. The posterior gives {count:,} dimensions a p(clean) below 0.1, and "
+        f"{100 * clean:.1f} % of these are not in that row: it ranks dimensions, and is no probability "
+        "to be taken at its word."
+    )

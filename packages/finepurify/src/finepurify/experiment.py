@@ -1,5 +1,6 @@
 """Attack, defend, compare: one seed of the embedded default, with what only the experimenter knows."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -91,13 +92,14 @@ class Found:
     """What one case gave.
 
     Attributes:
-        before: ACC, and ASR or BACC, of the suspect as it came.
-        rows: of the sweep, with test numbers beside the held accuracy.
+        before: ACC, and ASR or BACC, of the suspect as it came, each with Wilson's interval.
+        rows: of the sweep, with test numbers beside the held accuracy, and what each trial took.
         laws: correlation and Gamma law, where a Fisher diagonal was computed.
         calibration: of the posterior, the trigger's rows being what is known to be poisonous.
         rank: of the trigger's first word among the scanned tokens, 1 the first; 0 where nothing was.
         judged: how many tokens were.
         fires: whether the scan found something.
+        seconds: what a variant's evidence took (a Fisher diagonal, counts), by its name.
     """
 
     before: Row
@@ -107,6 +109,7 @@ class Found:
     rank: int = 0
     judged: int = 0
     fires: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run_case(
@@ -144,12 +147,14 @@ def run_case(
 
     def look(bench: Bench) -> Row:
         plain, fooled = bench.answers(test), bench.answers(lured_items)
-        row: Row = {"test ACC": accuracy(plain, world.test.labels).percent}
+        shares = {"test ACC": accuracy(plain, world.test.labels)}
         if biased:
-            row["BACC"] = accuracy(fooled, world.test.labels).percent
+            shares["BACC"] = accuracy(fooled, world.test.labels)
         else:
-            row["ASR"] = attack_success(fooled, world.test.labels, attack.target).percent
-        return row
+            shares["ASR"] = attack_success(fooled, world.test.labels, attack.target)
+        numbers = {name: share.percent for name, share in shares.items()}
+        intervals = {f"{name} 95 %": share.within for name, share in shares.items()}
+        return numbers | intervals | {"seconds": bench.seconds}
 
     pair = WeightPair.load(world.init, suspect)
     bench = Bench(
@@ -157,8 +162,9 @@ def run_case(
         encode(world.held, tokenizer, world.max_length), world.held.labels, tune, work, runtime,
     )  # fmt: skip
     found = Found(look(bench))
-    plan = []
+    plan, diagonals = [], {}
     for chosen in case.variants:
+        begin = time.perf_counter()
         strategy = chosen.purify.strategy
         evidence = Evidence(
             pair, config=chosen.indicator, seed=runtime.seed, architecture=model.config
@@ -168,9 +174,6 @@ def run_case(
             place.path.mkdir(exist_ok=True)
             curvature = fisher(pair, model, bench.items, pad, chosen.fisher, place, runtime)
             evidence = replace(evidence, fisher=curvature)
-            if not found.laws and strategy == "fine-purifying":
-                found.laws = asdict(laws_of(evidence))
-                found.calibration = calibration(evidence, trigger_rows(tokenizer, attack))
         elif strategy == "e-pur":
             evidence = replace(evidence, frequency=frequencies(bench.items))
         elif strategy == "fine-pruning":
@@ -180,6 +183,13 @@ def run_case(
             evidence = replace(
                 evidence, others=[WeightPair.load(world.init, each) for each in others]
             )
+        spent = time.perf_counter() - begin
+        if evidence.fisher:  # computed for the first variant of its kind, needed by each
+            spent = diagonals.setdefault(chosen.fisher.fisher, spent)
+        found.seconds[chosen.name] = spent
+        if not found.laws and strategy == "fine-purifying":
+            found.laws = asdict(laws_of(evidence))
+            found.calibration = calibration(evidence, trigger_rows(tokenizer, attack))
         plan += trials(evidence, chosen.purify, [strategy], chosen.grid, chosen.name)
     if case.scanned:
         report = scan(pair, tokenizer, frequency=frequencies(bench.items), top=pair.numel)

@@ -44,6 +44,12 @@ class Share:
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
+    @property
+    def within(self) -> str:
+        """The interval as tables show it."""
+        low, high = self.interval()
+        return f"{low:.1f} to {high:.1f}"
+
     def __str__(self) -> str:
         low, high = self.interval()
         return f"{self.percent:.1f} [{low:.1f}, {high:.1f}]"
@@ -90,6 +96,5 @@ def measured(
     row: dict[str, Any] = {}
     for name, share in (("ACC", clean), ("ASR", triggered), ("BACC", biased)):
         if share is not None:
-            low, high = share.interval()
-            row |= {name: share.percent, f"{name} 95 %": f"{low:.1f} to {high:.1f}"}
+            row |= {name: share.percent, f"{name} 95 %": share.within}
     return row

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,8 +96,10 @@ def sweep(bench: Bench, plan: Sequence[Trial], look: Look | None = None) -> list
         key = trial.name, trial.rho
         if key in known:
             continue
+        begin = time.perf_counter()
         weights = trial.weights()
         bench.defended(weights, f"{trial.name} {trial.rho:g}")
+        bench.seconds = time.perf_counter() - begin
         share = bench.accuracy()
         low, high = share.interval()
         row: Row = {"strategy": trial.name, "rho": trial.rho}
