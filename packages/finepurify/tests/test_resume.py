@@ -108,6 +108,22 @@ def test_other_options_do_not_take_a_run_up(world, command, killed, tmp_path):
     assert "unfinished run with other options (--mode)" in err
 
 
+def test_a_second_process_does_not_enter_a_run(world, command, killed, tmp_path):
+    run = tmp_path / "run"
+    line = (*words(world, "purify"), "--out", run)
+    refused = []
+
+    def meanwhile():
+        if (run / "environment.json").exists():
+            refused.append(command(*line))
+        return refused
+
+    killed(*line, once=meanwhile)
+    code, _, err = refused[0]
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{run}: another process is writing this run" in err
+
+
 def test_compare_killed_in_the_sweep_with_and_without_the_attack(world, command, killed, tmp_path):
     strategies = ("--strategies", "fine-purifying")
     blind = (*words(world, "compare", *strategies), "--out", tmp_path / "blind")
