@@ -3,7 +3,7 @@
 python packages/formbert/benchmarks/bench_formation.py INVENTORY [--seeds 0,1,2]
 
 INVENTORY is any inventory with formations, such as MiCLS's. Its words, not its senses, are split: eight
-tenths to train on, one to choose by, one to test on. Accuracy is on senses of words that no training saw,
+tenths to train on, one to choose by, one to test on. Accuracy is on senses of words not trained on,
 given the word alone, with its gloss, with its part of speech, and with both. Ours is one model for all
 four; the rival is fitted for each anew, with the better of its strengths of regularisation on the words
 to choose by. Speed is of words alone in one thread, medians of interleaved runs in CPU seconds; each
@@ -41,6 +41,9 @@ GIVEN = {"word": (), "+ gloss": ("gloss",), "+ pos": ("pos",), "+ both": ("gloss
 #: Strengths of regularisation among which the rival has its choice.
 STRENGTHS = (0.3, 1.0, 3.0)
 
+#: Columns that each of its blocks is hashed into.
+HASHED = 2**15
+
 
 def split(senses: Sequence[Sense], seed: int) -> tuple[list[Sense], list[Sense], list[Sense]]:
     """Senses to train on, to choose by and to test on, with no word in common."""
@@ -76,7 +79,7 @@ class Rival:
         """Sparse rows, a block for each thing given."""
         return hstack([
             HashingVectorizer(analyzer="char_wb", ngram_range=(1, 2 if name == "gloss" else 3),
-                              n_features=2**15, alternate_sign=False, norm=None, binary=True)
+                              n_features=HASHED, alternate_sign=False, norm=None, binary=True)  # pyright: ignore
             .transform([getattr(sense, name) for sense in senses])
             for name in ("word", *self.given)
         ]).tocsr()  # fmt: skip
@@ -130,6 +133,7 @@ def measure(
     """Accuracy of both in per cent, by seed, and words a second."""
     known = [sense for sense in senses if sense.formation is not None]
     rows: list[dict[str, Any]] = []
+    speed: dict[str, Any] = {}
     for seed in seeds:
         train, choose, test = split(known, seed)
         predictor = ours(train, seed, options)

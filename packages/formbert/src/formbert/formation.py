@@ -8,8 +8,9 @@ are dropped at random, so that any of them may be missing later.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -353,13 +354,8 @@ def features(
         around: two characters before it and two after it in a text.
         buckets: how many there are, a power of two.
     """
-    shift = 32 - int(math.log2(buckets))
+    bucket = partial(_bucket, 32 - int(math.log2(buckets)))
     first, last = ord(word[0]), ord(word[-1])
-
-    def bucket(kind: int, one: int = 0, two: int = 0) -> int:
-        mixed = (one * 0x9E3779B1 + two * 0x85EBCA77 + kind * 0xC2B2AE3D) & 0xFFFFFFFF
-        return ((mixed ^ mixed >> 15) * 0x2C1B3C6D & 0xFFFFFFFF) >> shift
-
     found = [
         bucket(1, first), bucket(2, last), bucket(3, first == last, len(word)),
     ]  # fmt: skip
@@ -375,7 +371,13 @@ def features(
     )  # fmt: skip
 
 
-def _of_gloss(word: str, gloss: str, bucket: Any) -> list[int]:
+def _bucket(shift: int, kind: int, one: int = 0, two: int = 0) -> int:
+    """Where a feature of up to two numbers is kept: multiplied, and the highest bits taken."""
+    mixed = (one * 0x9E3779B1 + two * 0x85EBCA77 + kind * 0xC2B2AE3D) & 0xFFFFFFFF
+    return ((mixed ^ mixed >> 15) * 0x2C1B3C6D & 0xFFFFFFFF) >> shift
+
+
+def _of_gloss(word: str, gloss: str, bucket: Callable[..., int]) -> list[int]:
     """Its characters and pairs of them, its ends, and where in it the word's own characters stand."""
     codes = [ord(character) for character in gloss]
     found = [bucket(10, code) for code in codes]
