@@ -268,8 +268,8 @@ def test_new_words_of_a_real_lexicon(data_folder, tmp_path):
     train, test = ([senses[one.key] for one in part] for part in by_word(places, 0.2, seed=5))
     assert not {sense.word for sense in train} & {sense.word for sense in test}
     run = RunDir.open(tmp_path / "run", {})
-    options = TrainOptions(learning_rate=1e-2, epochs=4, batch_size=256)
-    config = FormationConfig(buckets=2**13, width=32, hidden_size=64)
+    options = TrainOptions(learning_rate=1e-2, epochs=5, batch_size=128)
+    config = FormationConfig(buckets=2**13, width=32, hidden_size=128, dropout=0.3)
     predictor = FormationPredictor(train_predictor(train, run, None, config, options, CPU).model)
     words, glosses = [sense.word for sense in test], [sense.gloss for sense in test]
     truth = np.array([int(sense.formation or 0) for sense in test])
