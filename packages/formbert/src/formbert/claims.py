@@ -12,8 +12,9 @@ class Margins:
     """What a claim must reach, in percentage points.
 
     Attributes:
-        gloss_only: accuracy of the plain cross-encoder on words it was not taught; always taking the
-            first sense gives 50.
+        known: accuracy of the plain cross-encoder on known words in known frames, otherwise filled.
+        gloss_only: its accuracy on words it was not taught; always taking the first sense gives 50, and
+            an earlier sketch with a linear model had 65 set here.
         gain: of interacting formations on contrast words, over the plain cross-encoder.
         control: how far they may move control words, either way.
         added: what adding formations, as the paper does, may give on contrast words at most.
@@ -24,6 +25,7 @@ class Margins:
             called theirs as well.
     """
 
+    known: float = 85.0
     gloss_only: float = 55.0
     gain: float = 8.0
     control: float = 6.0
@@ -42,12 +44,23 @@ def judge(found: Sequence[Mapping[str, float]], margins: Margins = Margins()) ->
     """
     mean = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
     gate = Claim(
-        "A cross-encoder of text and gloss learns to disambiguate new words",
+        "A cross-encoder of text and gloss learns what it is taught",
+        f"{mean['gloss only, known']:.1f} % on known words in known frames",
+        f"at least {margins.known:g}",
+        mean["gloss only, known"] >= margins.known,
+    )
+    from_glosses = Claim(
+        "It disambiguates words of which it knows the glosses alone",
         f"{mean['gloss only, new words']:.1f} % (first sense {mean['first sense, new words']:.1f})",
         f"at least {margins.gloss_only:g}",
         mean["gloss only, new words"] >= margins.gloss_only,
     )
-    claims = [_gain(mean, margins), _predicted(mean, margins), _control(mean, margins)]
+    claims = [
+        from_glosses,
+        _gain(mean, margins),
+        _predicted(mean, margins),
+        _control(mean, margins),
+    ]
     if "added, contrast" in mean:
         claims += [_added(mean, margins), _ranking(mean)]
     claims.append(_context(mean, margins))
