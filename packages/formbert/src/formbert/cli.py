@@ -414,3 +414,23 @@ def export(model: Path, *, int8: bool = False, overwrite: bool = False) -> Outco
     from formbert.export import export_model
 
     return Outcome({"Export": export_model(model, int8, overwrite)})
+
+
+@app.command
+def convert(
+    source: Path, *, out: Path, allow_pickle: bool = False, overwrite: bool = False
+) -> Outcome:
+    """Turn a checkpoint of the authors' code into a model of this package.
+
+    Args:
+        source: Its folder.
+        out: Folder of the model.
+        allow_pickle: Read pytorch_model.bin where there is no safetensors file, weights alone.
+        overwrite: Replace the folder.
+    """
+    from formbert.authors import convert as converted
+
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists already; choose another name or add --overwrite")
+    converted(source, out, allow_pickle)
+    return Outcome(note=f"Model: {out}")

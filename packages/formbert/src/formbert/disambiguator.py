@@ -68,7 +68,7 @@ class Disambiguator:
         self.second = second
         settings = model.options
         encoding = Encoding(tokenizer, settings)
-        self.reader = Reader(encoding, settings, model.config.labels, inventory, sources)
+        self.reader = Reader(encoding, settings, model.config.labels or (), inventory, sources)
         if cache is not None and settings.arch != "bi":
             raise ConfigError("--cache: only a bi-encoder's glosses have vectors of their own")
         self.cache = None if cache is None else GlossCache(cache, model)

@@ -29,32 +29,27 @@ class FormBertConfig(PreTrainedConfig):
     """An encoder's own configuration, and the options of `ModelOptions`."""
 
     model_type = "formbert"
-    has_no_defaults_at_init = True
+    encoder: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    labels: list[str] | None = None
+    calibration: float = 1.0
 
-    def __init__(
-        self,
-        encoder: dict[str, Any] | None = None,
-        options: dict[str, Any] | None = None,
-        labels: list[str] | None = None,
-        calibration: float = 1.0,
-        **rest: Any,
-    ) -> None:
-        self.encoder = encoder or {"model_type": "bert"}
-        self.options = options or {}
-        self.labels = list(NAMES) if labels is None else labels
-        self.calibration = calibration
-        super().__init__(**rest)
+    def __post_init__(self, **rest: Any) -> None:
+        self.encoder = self.encoder or {"model_type": "bert"}
+        self.options = self.options or {}
+        self.labels = list(NAMES) if self.labels is None else list(self.labels)
+        super().__post_init__(**rest)
 
     @property
     def model_options(self) -> ModelOptions:
         """What the model is."""
-        options: dict[str, Any] = {**self.options}
+        options: dict[str, Any] = {**(self.options or {})}
         options["fusion"] = tuple(options.get("fusion", ()))
         return ModelOptions(**options)
 
     def encoder_config(self) -> PreTrainedConfig:
         """Of the encoder alone."""
-        return AutoConfig.for_model(**self.encoder)
+        return AutoConfig.for_model(**(self.encoder or {}))
 
 
 class FormBertCrossConfig(FormBertConfig):
@@ -100,7 +95,7 @@ class FormBert(PreTrainedModel):
         self.encoder = AutoModel.from_config(inner)
         if not self.pools and getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None
-        width, labels = inner.hidden_size, len(config.labels)
+        width, labels = inner.hidden_size, len(config.labels or ())
         self.dropout = nn.Dropout(options.dropout)
         if set(options.fusion) & {"pooled_add", "pooled_mlp", "bilinear"}:
             self.formation_embedding = nn.Embedding(labels + 1, width)

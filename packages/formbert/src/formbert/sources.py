@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from octavo.data import iter_rows
@@ -12,20 +10,11 @@ from octavo.errors import DataError
 from torch import Tensor
 
 from formbert.config import ModelOptions
+from formbert.formation import FormationPredictor
 from formbert.formations import Formation, parse
 from formbert.inventory import Sense
 
 Lexicon = Mapping[str, Mapping[Formation, float]]
-
-
-class GlossPredictor(Protocol):
-    """What says how a word is formed from its gloss; `FormationPredictor` is one."""
-
-    def probabilities(
-        self, words: Sequence[str], *, glosses: Sequence[str] | None, pos: Sequence[str] | None
-    ) -> Float[np.ndarray, "words labels"]:
-        """Of each word's formations."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +27,7 @@ class Sources:
     """
 
     lexicon: Lexicon = field(default_factory=dict)
-    predictor: GlossPredictor | None = None
+    predictor: FormationPredictor | None = None
 
     def table(
         self, senses: Sequence[Sense], options: ModelOptions, labels: Sequence[str]
