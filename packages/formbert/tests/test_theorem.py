@@ -1,4 +1,4 @@
-"""What each fusion can and cannot do to a ranking, with random weights (section 0 of the method page)."""
+"""What each fusion can and cannot do to a ranking, with random weights (method page, section 0)."""
 
 from dataclasses import replace
 

@@ -1,8 +1,9 @@
 """Checkpoints of the authors' code: their names, their options, and back.
 
-Their model is `FormationMTLBertForSequenceClassification` (transformers 4.5.1): `bert.*`, `classifier.*`,
-`formation_embedding.weight` [18, H] and `formation_predictor.{mlp.0, mlp.2, classifier}.*`. Ours has one
-row of `formation_embedding` more, for "unknown", and keeps the encoder under `encoder`.
+Their model is `FormationMTLBertForSequenceClassification` (transformers 4.5.1): `bert.*`,
+`classifier.*`, `formation_embedding.weight` [18, H], and `formation_predictor.mlp.0`, `.mlp.2` and
+`.classifier`. Ours has one row of `formation_embedding` more, for "unknown", and keeps the encoder under
+`encoder`.
 """
 
 from collections.abc import Mapping

@@ -154,8 +154,8 @@ class Disambiguator:
 
     def stream(self, questions: Iterable[Question], chunk: int = 2048) -> Iterator[Prediction]:
         """Answers one after the other, so many computed together; memory stays constant."""
-        waiting = iter(questions)
-        while some := list(islice(waiting, chunk)):
+        instances = (_instance(one, number) for number, one in enumerate(questions, 1))
+        while some := list(islice(instances, chunk)):
             yield from self.batch(some)
 
     def embed_contexts(self, questions: Sequence[Question]) -> np.ndarray:

@@ -135,8 +135,8 @@ def embed_glosses(
     cache: GlossCache | None = None,
 ) -> Tensor:
     """Vectors of glosses [senses, width] on the model's device; those in the cache are not computed."""
-    keys = [cache.key(reader, sense) for sense in senses] if cache else []
-    known = cache.get(keys) if cache else {}
+    keys = [] if cache is None else [cache.key(reader, sense) for sense in senses]
+    known = {} if cache is None else cache.get(keys)
     missing = [at for at in range(len(senses)) if at not in known]
     width = model.config.encoder_config().hidden_size
     vectors = torch.empty(len(senses), width, dtype=model.dtype, device=model.device)
@@ -148,7 +148,7 @@ def embed_glosses(
         shares = _shares(model, reader, [senses[at] for at in there])
         inputs = _to(model, reader.batch([rows[at] for at in batch]))
         vectors[there] = model.embed_glosses(inputs, shares).to(vectors.dtype)
-    if cache and missing:
+    if cache is not None and missing:
         fresh = vectors[missing].float().cpu().numpy()
         cache.add({keys[at]: row for at, row in zip(missing, fresh, strict=True)})
     return vectors
