@@ -3,10 +3,10 @@
     model, tokenizer = load_export(folder, int8=True)
     wsd = Disambiguator(model, tokenizer, inventory)
 
-An export lies in its model's folder, in `onnx` or `onnx-int8`, with a record of the weights it was made
-from; when these have changed it is refused. No float32 graph is kept that does not compute what the model
-does. Formations are resolved outside the graphs, so that any inventory and any source of formations may
-be used afterwards.
+An export lies in its model's folder, in `onnx` or `onnx-int8`, with a record of the weights it was
+made from; when these have changed it is refused. No float32 graph is kept that does not compute what
+the model does. Formations are resolved outside the graphs, so that any inventory and any source of
+formations may be used afterwards.
 
 A cross-encoder gives the graphs `pairs` and, with a predictor, `contexts`, which holds no more layers
 than the predictor reads; a bi-encoder gives `contexts`, `glosses` and `score`.
@@ -239,8 +239,8 @@ def compare_answers(
         instances: what was asked, with the right senses.
 
     Returns:
-        `instances` that a model was needed for; `agreement`, the share that got one answer; `accuracy` of
-        the model and `accuracy_export`; `difference`, the largest of a candidate's two probabilities.
+        `instances` that a model was needed for; `agreement`, the share that got one answer; `accuracy`
+        of the model and `accuracy_export`; `difference`, the largest of a candidate's probabilities.
     """
     asked = [
         (one, other, instance)
