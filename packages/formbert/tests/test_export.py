@@ -91,7 +91,7 @@ def test_a_cross_encoder_answers_alike(cross):
         for model, tokenizer in (plain, exported):
             model.options = replace(model.options, formation_source=source)
             both.append(Disambiguator(model, tokenizer, inventory).batch(asked))
-        found = compare_answers(*both, asked)
+        found = compare_answers(both[0], both[1], asked)
         assert found["instances"] == len(asked)
         assert found["agreement"] == 1
         assert found["difference"] < 1e-4
@@ -129,7 +129,9 @@ def test_a_bi_encoder_answers_nearly_alike_in_int8(bi, tmp_path):
     first, second = map(torch.from_numpy, vectors)
     assert torch.nn.functional.cosine_similarity(first, second).min() > 0.99
     contexts = wsd.reader.batch(wsd.reader.context_rows(wsd.reader.read(asked[:3])))
+    assert isinstance(wsd.model, export.ExportedBi)
     _, logits = wsd.model.embed_contexts(contexts)
+    assert logits is not None
     assert torch.equal(wsd.model.formation_logits(contexts), logits)
     # int8's glosses are kept apart from the model's own
     with pytest.raises(DataError, match="another model"):
