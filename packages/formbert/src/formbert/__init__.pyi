@@ -20,3 +20,5 @@ from .sources import Sources as Sources
 from .tagger import TaggedToken as TaggedToken
 from .tagger import Tagger as Tagger
 from .training import train as train
+
+__version__: str

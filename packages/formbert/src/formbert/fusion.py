@@ -72,7 +72,7 @@ class Fusion(nn.Module):
             vectors: e, of the formations.
             posterior: q, from the context.
         """
-        total = context.new_zeros(len(context))
+        total = context.new_zeros(context.shape[0])
         if "bilinear" in self.names:
             total = total + (context * self.formation_bilinear(vectors)).sum(1)
         if "matrix" in self.names:

@@ -198,7 +198,7 @@ class FormBert(PreTrainedModel):
         """e: the formations' vectors by their shares; zeros where no fusion needs them."""
         if hasattr(self, "formation_embedding"):
             return shares @ self.formation_embedding.weight.to(shares.dtype)
-        return shares.new_zeros(len(shares), self.config.encoder_config().hidden_size)
+        return shares.new_zeros(shares.shape[0], self.config.encoder_config().hidden_size)
 
 
 class FormBertCross(FormBert):

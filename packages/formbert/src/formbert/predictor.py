@@ -52,7 +52,7 @@ class SpanPredictor(nn.Module):
             states: of the text.
             target: which tokens are the word's.
         """
-        rows = torch.arange(len(states), device=states.device)
+        rows = torch.arange(states.shape[0], device=states.device)
         positions = target.long()
         first = positions.argmax(1)
         last = target.shape[1] - 1 - positions.flip(1).argmax(1)

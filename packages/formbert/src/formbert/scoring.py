@@ -14,6 +14,9 @@ from formbert.encode import Row, by_tokens
 from formbert.modeling import FormBert, FormBertBi, FormBertCross
 from formbert.reader import Item, Reader
 
+#: Tokens of a batch that a CPU's caches hold, and that keep an accelerator busy.
+CPU_TOKENS, TOKENS = 1_024, 16_384
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -33,7 +36,7 @@ def score(
     model: FormBert,
     reader: Reader,
     items: Sequence[Item],
-    batch_tokens: int = 16_384,
+    batch_tokens: int = 0,
     cache: GlossCache | None = None,
 ) -> list[Scored]:
     """Scores of items, the same whatever they are batched with.
@@ -42,7 +45,7 @@ def score(
         model: in evaluation mode.
         reader: of its inventory.
         items: that `reader` read.
-        batch_tokens: tokens a batch, padding included.
+        batch_tokens: tokens a batch, padding included; 0 for what is fast on the model's device.
         cache: of glosses; for a bi-encoder.
 
     Returns:
@@ -58,7 +61,7 @@ def score(
 
 @torch.inference_mode()
 def posteriors(
-    model: FormBert, reader: Reader, items: Sequence[Item], batch_tokens: int = 16_384
+    model: FormBert, reader: Reader, items: Sequence[Item], batch_tokens: int = 0
 ) -> np.ndarray:
     """Probabilities of the formations in each item's context, [items, labels]."""
     return _formation_logits(model, reader, items, batch_tokens).softmax(1).numpy()
@@ -69,7 +72,7 @@ def _formation_logits(
 ) -> Tensor:
     rows = reader.context_rows(items)
     logits = torch.empty(len(rows), len(reader.labels))
-    for batch in _batches(reader, rows, budget, "formations"):
+    for batch in _batches(model, reader, rows, budget, "formations"):
         found = model.formation_logits(_to(model, reader.batch([rows[at] for at in batch])))
         logits[batch] = found.float().cpu()
     return logits
@@ -84,7 +87,7 @@ def _cross(
     pairs = [(at, sense) for at, item in enumerate(items) for sense in item.candidates]
     rows = reader.pair_rows(items, pairs)
     scores = np.empty(len(pairs))
-    for batch in _batches(reader, rows, budget, "senses"):
+    for batch in _batches(model, reader, rows, budget, "senses"):
         texts = [pairs[at][0] for at in batch]
         senses = [pairs[at][1] for at in batch]
         inputs = {
@@ -111,7 +114,7 @@ def _bi(
     logits = (
         None if model.options.predictor == "none" else torch.empty(len(rows), len(reader.labels))
     )
-    for batch in _batches(reader, rows, budget, "texts"):
+    for batch in _batches(model, reader, rows, budget, "texts"):
         words, found = model.embed_contexts(_to(model, reader.batch([rows[at] for at in batch])))
         text = [at for at, item in enumerate(batch) for _ in items[item].candidates]
         which = [place[sense] for item in batch for sense in items[item].candidates]
@@ -143,7 +146,7 @@ def embed_glosses(
     for at, vector in known.items():
         vectors[at] = torch.from_numpy(np.array(vector)).to(vectors)
     rows = reader.gloss_rows(senses[at] for at in missing)
-    for batch in _batches(reader, rows, budget, "glosses"):
+    for batch in _batches(model, reader, rows, budget, "glosses"):
         there = [missing[at] for at in batch]
         shares = _shares(model, reader, [senses[at] for at in there])
         inputs = _to(model, reader.batch([rows[at] for at in batch]))
@@ -156,19 +159,20 @@ def embed_glosses(
 
 @torch.inference_mode()
 def embed_contexts(
-    model: FormBert, reader: Reader, items: Sequence[Item], batch_tokens: int = 16_384
+    model: FormBert, reader: Reader, items: Sequence[Item], batch_tokens: int = 0
 ) -> np.ndarray:
     """A vector of each word in its text, [items, width]: the mean of its states."""
     rows = reader.context_rows(items)
     vectors = np.empty((len(rows), model.config.encoder_config().hidden_size), np.float32)
-    for batch in _batches(reader, rows, batch_tokens, "texts"):
+    for batch in _batches(model, reader, rows, batch_tokens, "texts"):
         inputs = _to(model, reader.batch([rows[at] for at in batch]))
         vectors[batch] = model.words(inputs).float().cpu().numpy()
     return vectors
 
 
-def _batches(reader: Reader, rows: Sequence[Row], budget: int, what: str) -> Any:
+def _batches(model: FormBert, reader: Reader, rows: Sequence[Row], budget: int, what: str) -> Any:
     """Numbers of rows in batches, with a bar of progress."""
+    budget = budget or (CPU_TOKENS if model.device.type == "cpu" else TOKENS)
     lengths = [reader.encoding.length if reader.options.authors else len(row.ids) for row in rows]
     with counter(f"scoring {what}", len(rows), what) as advance:
         for batch in by_tokens(lengths, budget):
