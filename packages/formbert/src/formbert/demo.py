@@ -120,7 +120,7 @@ def run_demo(
     many = f"mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     with RunDir.open(out, options_of({"profile": profile, "seeds": list(seeds)}), overwrite) as run:
         found = [of_seed(profile, world, run, replace(runtime, seed=seed)) for seed in seeds]
-        claims = judge([one["numbers"] for one in found])
+        claims = judge([one["numbers"] | of_table(one["table"]) for one in found])
         table = mean_table([one["table"] for one in found])
         seconds = time.perf_counter() - begin
         report = Report("FormBERT: the demo")
@@ -175,7 +175,7 @@ def of_seed(profile: Profile, world: World, run: RunDir, runtime: Runtime) -> di
         run.write_json(file.name, {
             "table": table, "differences": differences(right, world),
             **shown(world, run, runtime, answers[INTERACTING.name]),
-            "numbers": numbers(table, world, run, runtime)
+            "numbers": numbers(world, run, runtime)
             | {"gloss only, known": known(answers[GLOSS_ONLY.name], world)},
         })  # fmt: skip
     return json.loads(file.read_text(encoding="utf-8"))
@@ -268,9 +268,26 @@ def known(answers: Answers, world: World) -> float:
     return 100 * float(outcomes(answers[KNOWN], world.tests[KNOWN]).mean())
 
 
-def numbers(table: Sequence[Row], world: World, run: RunDir, runtime: Runtime) -> dict[str, float]:
-    """What the claims are judged by, of one seed."""
+def of_table(table: Sequence[Row]) -> dict[str, float]:
+    """What the claims are judged by that a seed's table tells."""
     by = {row["system"]: row for row in table}
+    short = {
+        "gloss only": GLOSS_ONLY.name, "annotated": INTERACTING.name,
+        "predicted": next(iter(INTERACTING.tested)), "added": ADDED.name,
+        "parts of speech": PARTS_OF_SPEECH.name, "taught along": TAUGHT_ALONG.name,
+    }  # fmt: skip
+    found = {
+        "first sense, new words": by["first sense"]["new words, all"],
+        "gloss only, new words": by[GLOSS_ONLY.name]["new words, all"],
+    }
+    for name, system in short.items():
+        if system in by:
+            found |= {f"{name}, {kind}": by[system][kind] for kind in ("contrast", "control")}
+    return found
+
+
+def numbers(world: World, run: RunDir, runtime: Runtime) -> dict[str, float]:
+    """What the claims are judged by beside that, of one seed."""
     words = world.tests["test_words"]
     wsd = Disambiguator.from_pretrained(
         folder_of(INTERACTING, run, runtime), world.inventory, runtime=runtime
@@ -280,20 +297,10 @@ def numbers(table: Sequence[Row], world: World, run: RunDir, runtime: Runtime) -
     taught = [_formation(world.inventory, one.gold[0]) for one in world.train]
     commonest = max(sorted(set(taught)), key=taught.count)
     found = {
-        "first sense, new words": by["first sense"]["new words, all"],
-        "gloss only, new words": by[GLOSS_ONLY.name]["new words, all"],
         "context predictor": 100
         * float(np.mean([a == b for a, b in zip(gold, told, strict=True)])),
         "commonest formation": 100 * gold.count(commonest) / len(gold),
     }
-    short = {
-        "gloss only": GLOSS_ONLY.name, "annotated": INTERACTING.name,
-        "predicted": next(iter(INTERACTING.tested)), "added": ADDED.name,
-        "parts of speech": PARTS_OF_SPEECH.name,
-    }  # fmt: skip
-    for name, system in short.items():
-        if system in by:
-            found |= {f"{name}, {kind}": by[system][kind] for kind in ("contrast", "control")}
     for name, system in (("added", ADDED), ("annotated", INTERACTING)):
         differ, many = choices_changed(system, world, "test_words", run, runtime)
         found[f"{name}, changed"] = 100 * differ / many

@@ -429,7 +429,7 @@ def _write(model: FormBert, graph: Graph, probe: Mapping[str, Tensor], file: Pat
     except Exception as error:  # whatever the encoder's own code ran into
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:160]
-        kind = model.config.encoder.get("model_type")
+        kind = model.config.encoder_config().model_type
         raise ModelError(
             f"this model, on an encoder of kind {kind!r}, cannot be exported to ONNX ({reason}); use "
             "it as it is"
@@ -455,7 +455,7 @@ def _quantise(file: Path) -> None:
 def _probes(model: FormBert, encoding: Encoding, graph: Graph) -> list[dict[str, Tensor]]:
     """Inputs made of random tokens, vectors and shares, of several shapes and with padding."""
     generator = torch.Generator().manual_seed(0)
-    labels, width = len(model.config.labels), model.config.encoder_config().hidden_size
+    labels, width = len(model.config.labels or ()), model.config.encoder_config().hidden_size
     paired = "pairs" if isinstance(model, FormBertCross) and "shares" in graph.inputs else ""
     probes = []
     for sizes in PROBES:

@@ -144,8 +144,9 @@ def run_real(
         report.text(
             f"Profile {profile}, seeds {', '.join(map(str, seeds))}, Python "
             f"{platform.python_version()}, PyTorch {version('torch')}. Small encoders, pre-trained "
-            "on the training texts and the glosses, taught on the part val, judged on the part test; texts of both are left out of the "
-            "teaching. Annotated formations are each candidate's own, of the inventory."
+            "on the training texts and the glosses, taught on the part val, judged on the part test; "
+            "texts of both are left out of the teaching. Annotated formations are each candidate's own, "
+            "of the inventory."
         )
         report.claims(claims)
         report.table("Accuracy, %", table)
