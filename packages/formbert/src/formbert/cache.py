@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 from octavo.errors import DataError
 from octavo.rundir import atomic
-from torch import nn
+from transformers import PreTrainedModel
 
 from formbert.reader import Reader
 
 INDEX, VECTORS = "index.json", "vectors.npy"
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of all weights."""
-    content = hashlib.sha256()
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the configuration, the precision and all weights."""
+    content = hashlib.sha256(f"{model.config.to_json_string()} {model.dtype}".encode())
     for name, weight in sorted(model.state_dict().items()):
         content.update(name.encode())
         content.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
@@ -39,7 +39,7 @@ class GlossCache:
         DataError: the folder is damaged, or another model's.
     """
 
-    def __init__(self, folder: Path, model: nn.Module) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         self.folder = folder
         self.model = fingerprint(model)
         self.places: dict[str, int] = {}
@@ -67,7 +67,8 @@ class GlossCache:
     def key(self, reader: Reader, sense: int) -> str:
         """Of one sense's vector."""
         shares = reader.formations[sense] * reader.known[sense]
-        content = repr((self.model, reader.gloss_tokens[sense], shares.tolist()))
+        (row,) = reader.gloss_rows([sense])
+        content = repr((self.model, row, shares.tolist()))
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def get(self, keys: Sequence[str]) -> dict[int, np.ndarray]:

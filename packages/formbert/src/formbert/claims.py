@@ -97,14 +97,15 @@ def _beyond(mean: Mapping[str, float], margins: Margins) -> Claim:
 
 
 def _predicted(mean: Mapping[str, float], margins: Margins) -> Claim:
-    low = mean["gloss only, contrast"] - margins.slack
-    high = mean["annotated, contrast"] + margins.slack
+    told = mean["predicted, new words, contrast"]
+    low = mean["gloss only, new words, contrast"] - margins.slack
+    high = mean["annotated, new words, contrast"] + margins.slack
     return Claim(
         "Without annotations, formations predicted from the gloss stand in",
-        f"contrast words {mean['predicted, contrast']:.1f} %",
-        f"from {low:.1f} (the plain one's, {-margins.slack:+g}) to {high:.1f} (the annotated ones', "
+        f"new contrast words, which the predictor has not seen either, {told:.1f} %",
+        f"from {low:.1f} (gloss only, {-margins.slack:+g}) to {high:.1f} (annotated, "
         f"{margins.slack:+g})",
-        low <= mean["predicted, contrast"] <= high,
+        low <= told <= high,
     )
 
 
@@ -156,6 +157,6 @@ def _pos(mean: Mapping[str, float], margins: Margins) -> Claim:
     return Claim(
         "Parts of speech in the formations' place explain most of the gain",
         f"{pos:+.1f} of {gain:+.1f}: in this lexicon nearly every contrast is one of part of speech",
-        f"at least {margins.pos:g} of the gain",
-        pos >= margins.pos * gain,
+        f"at least {margins.pos:g} of the gain" if gain > 0 else "there is no gain to explain",
+        pos >= margins.pos * gain if gain > 0 else None,
     )

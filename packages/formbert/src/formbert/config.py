@@ -1,4 +1,8 @@
-"""What can be set: the model, its training, how it answers; `--preset paper` is the authors' code."""
+"""What can be set: the model, its training, how it answers.
+
+With `--preset paper` the forward pass and the loss are the authors' code's to the last digit; batches
+hold whole instances, and the best epoch is that with most polysemous words right, not the best pair F1.
+"""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
@@ -158,17 +162,38 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def check_answers(options: AnswerOptions) -> None:
+    """Refuse numbers that cannot be.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    for wrong, what in (
+        (options.batch_tokens < 0, f"--batch-tokens {options.batch_tokens}: must be 0 or more"),
+        (options.top_k < 0, f"--top-k {options.top_k}: must be 0 or more"),
+        (
+            not 0 <= options.abstain_below <= 1,
+            f"--abstain-below {options.abstain_below}: must be from 0 to 1",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(what)
+
+
 def with_preset(options: T, preset: str) -> T:
     """Options with a preset's values, where the user left the default.
 
     Raises:
-        ConfigError: a value given contradicts the preset.
+        ConfigError: a value given contradicts what the preset stands for; how long and how fast it
+            learns is the user's to say.
     """
     changes = {}
     for field in fields(options):  # pyright: ignore[reportArgumentType]
         if field.name not in PRESETS[preset]:
             continue
         wanted, given = PRESETS[preset][field.name], getattr(options, field.name)
+        if given != field.default and given != wanted and isinstance(options, FitOptions):
+            continue
         if given != field.default and given != wanted:
             name = field.name.replace("_", "-")
             raise ConfigError(f"--preset {preset} sets --{name} {wanted}, and {given} was given")
@@ -208,6 +233,27 @@ def check(model: ModelOptions, objective: ObjectiveOptions) -> None:
         (
             objective.objective == "in-batch" and model.arch == "cross",
             "--objective in-batch: only a bi-encoder meets a batch's other glosses",
+        ),
+        (
+            objective.balanced and objective.objective not in ("listwise", "in-batch"),
+            "--balanced weighs listwise and in-batch losses; it does nothing here",
+        ),
+        (
+            objective.gloss_noise > 0 and objective.objective == "in-batch",
+            "--gloss-noise: in-batch candidates are other words' glosses already",
+        ),
+        (
+            objective.teacher != "ngrams" and not objective.rank_weight
+            and objective.objective not in ("listnet", "listmle"),
+            "--teacher: nothing follows it; choose listnet, listmle or a --rank-weight",
+        ),
+        (
+            model.formation_source in ("predicted", "soft") and not objective.formation_weight,
+            "--formation-weight 0: nothing teaches the predictor that the formations come from",
+        ),
+        (
+            model.authors and (model.formation_source != "predicted" or model.marking != "hash"),
+            "--authors: the authors' code predicts formations and marks words by #",
         ),
         (
             model.authors and (model.arch != "cross" or model.fusion != ("pooled_add",)

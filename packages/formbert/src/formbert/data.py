@@ -1,17 +1,20 @@
 """Instances: a word in a text, at a place, with its right senses where they are known."""
 
 import json
+import random
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.data import iter_rows
 from octavo.errors import DataError
 from octavo.rundir import atomic
 
-from formbert.inventory import Inventory
+from formbert.inventory import Inventory, Sense
+
+T = TypeVar("T", "Instance", Sense)
 
 COLUMNS = {
     "text": str, "word": str | None, "start": int | str | None, "end": int | str | None,
@@ -74,14 +77,18 @@ def locate(text: str, word: str | None = None, start: int | None = None) -> Inst
         return Instance(text, start, start + len(word), word)
     places = _places(text, word)
     if not places:
-        folded = unicodedata.normalize("NFKC", text)
-        if len(folded) == len(text):  # the same places
-            places = _places(folded, unicodedata.normalize("NFKC", word))
+        places = _places(_folded(text), _folded(word))
     if len(places) != 1:
         what = f"stands at {', '.join(map(str, places))}" if places else "is not"
         also = "; give its start, or mark it with #" if places else ""
         raise DataError(f"{word!r} {what} in {text[:60]!r}{also}")
     return Instance(text, places[0], places[0] + len(word), word)
+
+
+def _folded(text: str) -> str:
+    """Plain forms of full-width and compatibility signs, where one sign is one still."""
+    plain = (unicodedata.normalize("NFKC", sign) for sign in text)
+    return "".join(new if len(new) == 1 else old for old, new in zip(text, plain, strict=True))
 
 
 def _places(text: str, word: str) -> list[int]:
@@ -198,16 +205,12 @@ def need_gold(instances: Sequence[Instance], what: str) -> None:
         )
 
 
-def by_word(
-    instances: Sequence[Instance], share: float, seed: int = 0
-) -> tuple[list[Instance], list[Instance]]:
-    """Two parts with no word in common; the second has about this share of the words."""
-    import random
-
-    words = sorted({one.word for one in instances})
+def by_word(rows: Sequence[T], share: float, seed: int = 0) -> tuple[list[T], list[T]]:
+    """Two parts of instances or senses with no word in common; the second has this share of the words."""
+    words = sorted({one.word for one in rows})
     random.Random(seed).shuffle(words)
     held = set(words[: max(1, round(share * len(words)))])
     return (
-        [one for one in instances if one.word not in held],
-        [one for one in instances if one.word in held],
+        [one for one in rows if one.word not in held],
+        [one for one in rows if one.word in held],
     )

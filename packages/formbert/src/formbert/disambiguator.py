@@ -11,7 +11,7 @@ from octavo.errors import ConfigError, DataError
 from octavo.runtime import Runtime
 
 from formbert.cache import GlossCache
-from formbert.config import AnswerOptions, Source
+from formbert.config import AnswerOptions, Source, check_answers
 from formbert.data import Instance, instance_of, locate
 from formbert.encode import Encoding
 from formbert.inventory import Inventory
@@ -19,7 +19,7 @@ from formbert.modeling import FormBert, load
 from formbert.predictions import Candidate, Prediction
 from formbert.reader import Item, Reader
 from formbert.scoring import Scored, embed_contexts, embed_glosses, posteriors, score
-from formbert.sources import Sources
+from formbert.sources import Sources, need_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +69,8 @@ class Disambiguator:
         settings = model.options
         encoding = Encoding(tokenizer, settings)
         self.reader = Reader(encoding, settings, model.config.labels or (), inventory, sources)
+        need_source(settings, sources)
+        check_answers(options)
         if cache is not None and settings.arch != "bi":
             raise ConfigError("--cache: only a bi-encoder's glosses have vectors of their own")
         self.cache = None if cache is None else GlossCache(cache, model)
@@ -213,12 +215,12 @@ class Disambiguator:
             )  # fmt: skip
         return Prediction("", item.instance.word, candidates[0].sense_id, tuple(candidates))
 
-    def _agreements(self, item: Item, scored: Scored) -> list[float] | None:
+    def _agreements(self, item: Item, scored: Scored) -> list[float | None] | None:
         """Probability, from the context, that the word is formed as in each sense."""
         if scored.posterior is None:
             return None
         shares = self.reader.formations[list(item.candidates)].numpy()
-        return [float(row @ scored.posterior) for row in shares]
+        return [float(row @ scored.posterior) if row.any() else None for row in shares]
 
     def _formation(self, number: int) -> str:
         shares = self.reader.formations[number]
@@ -281,7 +283,7 @@ def choose_margin(
          for answers in (first, second)]
     )  # fmt: skip
     wanted = right[1].mean() - loss
-    for margin in (0.0, *np.unique(np.nextafter(gaps, 2))):
+    for margin in (0.0, *np.unique(np.nextafter(gaps, 2)).clip(max=1)):
         if np.where(gaps < margin, right[1], right[0]).mean() >= wanted:
             return float(margin)
     return 1.0
@@ -290,6 +292,7 @@ def choose_margin(
 def _instance(question: Question, number: int) -> Instance:
     try:
         if isinstance(question, Instance):
+            locate(question.text, question.word, question.start)
             return question
         if isinstance(question, str):
             return replace(locate(question), key=str(number))

@@ -75,7 +75,9 @@ class Encoding:
         """Token numbers of texts, without any frame."""
         if not texts:
             return []
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        rows = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         return [tuple(row) for row in rows]  # pyright: ignore
 
     def spans(self, instances: Sequence[Instance]) -> list[Span]:

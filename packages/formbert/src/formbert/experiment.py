@@ -47,12 +47,17 @@ class World:
 
     @property
     def texts(self) -> list[str]:
-        """What the encoder's vocabulary is made of: training texts, glosses, and all characters."""
+        """What the encoder's vocabulary, and its pre-training, are made of: training texts and glosses.
+
+        The characters of the test texts stand in rows of one, so that none is unknown; nothing can be
+        learnt from such a row.
+        """
         characters = {
             character for part in self.tests.values() for one in part for character in one.text
         }
-        glosses = [f"{one.word}：{one.pos}，{one.gloss}" for one in self.inventory.senses]
-        return [*(one.text for one in self.train), *glosses, "".join(sorted(characters)), "#：，；"]
+        glosses = [f"{one.word}：{one.gloss}" for one in self.inventory.senses]
+        characters |= {sign for one in self.inventory.senses for sign in one.pos} | set("#：，；")
+        return [*(one.text for one in self.train), *glosses, *sorted(characters)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class System:
 PLAIN = ModelOptions(fusion=(), predictor="none")
 NO_FORMATION = ObjectiveOptions(formation_weight=0.0)
 
-GLOSS_ONLY = System("gloss only (GlossBERT)", PLAIN, NO_FORMATION)
+GLOSS_ONLY = System("gloss only", PLAIN, NO_FORMATION)
 TAUGHT_ALONG = System("gloss only, formations taught along", ModelOptions(fusion=()))
 ADDED = System(
     "added (the paper's fusion), annotated",
@@ -95,7 +100,7 @@ BI_ENCODER = System(
     "bi-encoder, token + agreement, annotated",
     ModelOptions(arch="bi", formation_source="annotation"),
 )
-BI_PLAIN = System("bi-encoder, gloss only (BEM)", replace(PLAIN, arch="bi"), NO_FORMATION)
+BI_PLAIN = System("bi-encoder, gloss only", replace(PLAIN, arch="bi"), NO_FORMATION)
 
 
 def predictor_of(world: World, run: RunDir, runtime: Runtime) -> FormationPredictor:

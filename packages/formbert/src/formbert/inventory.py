@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from octavo.data import iter_rows
 from octavo.errors import DataError
 from octavo.rundir import atomic
 
-from formbert.formations import NAMES, Formation, parse
+from formbert.formations import Formation, parse
 
 #: Columns of an inventory's file; only the first two must be there.
 COLUMNS = {
@@ -183,12 +183,3 @@ def _several(value: Any, holes: bool = False) -> tuple[str, ...]:
     parts = value.split("|") if isinstance(value, str) else value or ()
     words = [str(part or "").strip() for part in parts]
     return tuple(words if holes else filter(None, words))
-
-
-def one_hot(senses: Sequence[Sense]) -> list[list[float]]:
-    """Annotated formations as rows of 18 shares; all zero where there is none."""
-    rows = [[0.0] * len(NAMES) for _ in senses]
-    for row, sense in zip(rows, senses, strict=True):
-        if sense.formation is not None:
-            row[sense.formation] = 1.0
-    return rows

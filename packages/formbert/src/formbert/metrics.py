@@ -297,7 +297,10 @@ def pair_scores(
     inventory: Inventory,
     threshold: float = 0.5,
 ) -> dict[str, float]:
-    """Accuracy and F1 over (context, gloss) pairs, as the authors' code measures.
+    """Accuracy and F1 over (context, gloss) pairs, the kind of measure that the authors' code has.
+
+    Theirs judges each pair's own two logits; here a sense's probability among its word's is judged, so
+    that the numbers are near, not the same.
 
     This is no accuracy of sense disambiguation: every pair is judged alone, so that none or two senses
     of one instance may be told right; the threshold matters, which no choice among senses needs; words

@@ -96,6 +96,8 @@ class FormBert(PreTrainedModel):
         if not self.pools and getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None
         width, labels = inner.hidden_size, len(config.labels or ())
+        if not labels:
+            raise ModelError("--signal pos: the inventory has no parts of speech")
         self.dropout = nn.Dropout(options.dropout)
         if set(options.fusion) & {"pooled_add", "pooled_mlp", "bilinear"}:
             self.formation_embedding = nn.Embedding(labels + 1, width)
@@ -114,7 +116,7 @@ class FormBert(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
-            deviation = getattr(self.config.encoder_config(), "initializer_range", 0.02)
+            deviation = getattr(self.encoder.config, "initializer_range", 0.02)
             nn.init.normal_(module.weight, std=deviation)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -154,7 +156,7 @@ class FormBert(PreTrainedModel):
     @property
     def tokens_of_encoder(self) -> tuple[str, ...]:
         """Inputs beside the tokens that this encoder tells apart."""
-        kinds = getattr(self.config.encoder_config(), "type_vocab_size", 0)
+        kinds = getattr(self.encoder.config, "type_vocab_size", 0)
         return ("token_type_ids",) if kinds > 1 else ()
 
     def words(self, contexts: Batch) -> Float[Tensor, "texts width"]:
@@ -167,7 +169,8 @@ class FormBert(PreTrainedModel):
             inputs = {"input_ids": contexts["input_ids"]}
             if "token_type_ids" in self.tokens_of_encoder:
                 inputs["token_type_ids"] = contexts["token_type_ids"]
-            return self.formation_predictor(self.encoder.embeddings(**inputs))
+            mask = contexts["attention_mask"].bool() | self.options.authors
+            return self.formation_predictor(self.encoder.embeddings(**inputs), mask)
         found = self.run(contexts, output_hidden_states=True)
         return self.formation_predictor(found.hidden_states[self.layer], contexts["target"])
 
@@ -198,7 +201,7 @@ class FormBert(PreTrainedModel):
         """e: the formations' vectors by their shares; zeros where no fusion needs them."""
         if hasattr(self, "formation_embedding"):
             return shares @ self.formation_embedding.weight.to(shares.dtype)
-        return shares.new_zeros(shares.shape[0], self.config.encoder_config().hidden_size)
+        return shares.new_zeros(shares.shape[0], self.encoder.config.hidden_size)
 
 
 class FormBertCross(FormBert):
@@ -354,6 +357,10 @@ def build(
     )
     if not getattr(tokenizer, "is_fast", False) or not hasattr(inner, "num_hidden_layers"):
         raise ModelError(f"{source}: needs an encoder of text with a fast tokenizer")
+    encoder = encoder.float()
+    encoder.config.dtype = torch.float32
+    limit = longest(encoder.config)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     if options.marking == "special":
         tokenizer.add_special_tokens({"additional_special_tokens": ["[TGT]", "[/TGT]"]})
         encoder.resize_token_embeddings(len(tokenizer))
@@ -365,6 +372,13 @@ def build(
     if lacking:
         raise ModelError(f"{source}: its encoder lacks {lacking[0]}")
     return made, tokenizer
+
+
+def longest(config: PreTrainedConfig) -> int:
+    """Tokens that an encoder has positions for; RoBERTa's begin behind the padding token's number."""
+    most = int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
+    offset = int(config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    return most - offset
 
 
 def load(source: str | Path, **options: Any) -> tuple[FormBert, PreTrainedTokenizerBase]:

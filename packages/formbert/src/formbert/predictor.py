@@ -23,9 +23,16 @@ class MeanPredictor(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
         self.classifier = nn.Linear(width, labels)
 
-    def forward(self, states: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows labels"]:
-        """Logits of the formations."""
-        return self.classifier(self.mlp(states).mean(1))
+    def forward(
+        self, states: Float[Tensor, "rows tokens width"], mask: Bool[Tensor, "rows tokens"]
+    ) -> Float[Tensor, "rows labels"]:
+        """Logits of the formations.
+
+        Args:
+            states: embeddings of the text.
+            mask: which positions count; the authors count padding.
+        """
+        return self.classifier(mean_state(self.mlp(states), mask))
 
 
 class SpanPredictor(nn.Module):

@@ -1,7 +1,7 @@
 """Instances and their candidates as what a model takes."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,8 +79,16 @@ class Reader:
                 for item, sense in pairs
             ]
         return [
-            self.encoding.pair(items[item].span, self.gloss_tokens[sense]) for item, sense in pairs
+            self.encoding.pair(items[item].span, self._gloss(items[item], sense))
+            for item, sense in pairs
         ]
+
+    def _gloss(self, item: Item, sense: int) -> tuple[int, ...]:
+        """A gloss's tokens; another word's gloss is read as if it were this word's."""
+        told, word = self.senses[sense], item.instance.word
+        if told.word == word:
+            return self.gloss_tokens[sense]
+        return self.encoding.glosses([replace(told, word=word)])[0]
 
     def context_rows(self, items: Iterable[Item]) -> list[Row]:
         """Rows of texts alone."""

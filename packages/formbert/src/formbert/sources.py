@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float
 from octavo.data import iter_rows
-from octavo.errors import DataError
+from octavo.errors import ConfigError, DataError
 from torch import Tensor
 
 from formbert.config import ModelOptions
@@ -73,12 +73,33 @@ class Sources:
         rows = [row for row in range(len(senses)) if not shares[row].any()]
         if self.predictor is not None and rows:
             some = [senses[row] for row in rows]
-            found = self.predictor.probabilities(
+            model = FormationPredictor(
+                self.predictor.model
+            )  # without its lexicon: of the gloss alone
+            found = model.probabilities(
                 [one.word for one in some],
                 glosses=[one.gloss for one in some],
                 pos=[one.pos for one in some],
             )
             shares[rows] = torch.from_numpy(found).to(shares.dtype)
+
+
+def need_source(options: ModelOptions, sources: Sources) -> None:
+    """Refuse a source that is not there, which would leave every formation unknown.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    source = options.formation_source
+    if options.fusion and source == "lexicon" and not sources.lexicon:
+        raise ConfigError("--formation-source lexicon: name its file by --formation-lexicon")
+    if options.fusion and source == "gloss" and sources.predictor is None:
+        raise ConfigError("--formation-source gloss: name what reads it by --formation-predictor")
+    if options.arch == "bi" and source in ("predicted", "soft"):
+        raise ConfigError(
+            f"--formation-source {source}: a bi-encoder reads glosses without a context; use annotation, "
+            "lexicon, gloss or auto"
+        )
 
 
 def labels_of(sense: Sense, labels: Sequence[str]) -> int | None:

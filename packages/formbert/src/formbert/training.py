@@ -136,9 +136,10 @@ class Lessons:
         pairs = self._pairs(items)
         senses = torch.tensor([sense for _, sense in pairs])
         text = torch.tensor([item for item, _ in pairs])
-        keep = torch.rand(len(pairs)) >= self.objective.annotation_drop
-        known = self.annotated[senses] & keep
         cross = self.reader.options.arch == "cross"
+        drawn = torch.rand(len(pairs) if cross else len(self.reader.senses))
+        keep = (drawn if cross else drawn[senses]) >= self.objective.annotation_drop
+        known = self.annotated[senses] & keep  # a bi-encoder reads each sense once for all texts
         inputs = (self.reader.cross if cross else self.reader.bi)(items, pairs, known)
         right = [{self.reader.number[name] for name in item.instance.gold} for item in items]
         gold = torch.tensor([sense in right[item] for item, sense in pairs])
@@ -235,7 +236,8 @@ def accuracy(scored: Sequence[Scored], items: Sequence[Item], reader: Reader) ->
 def temperature(scored: Sequence[Scored], items: Sequence[Item], reader: Reader) -> float:
     """What scores are divided by so that their softmax is calibrated (Guo et al. 2017).
 
-    The one that makes the right senses most probable, from 0.05 to 20.
+    The one that makes the right senses most probable, from 0.05 to 20. One wrong answer more than there
+    are is counted, so that a few rows that are all right do not make the model sure of everything.
     """
     from scipy.optimize import minimize_scalar
 
@@ -246,7 +248,8 @@ def temperature(scored: Sequence[Scored], items: Sequence[Item], reader: Reader)
     def surprise(log_temperature: float) -> float:
         scaled = [(scores / np.exp(log_temperature), right) for scores, right in rows]
         total = np.logaddexp.reduce
-        return float(np.mean([total(s) - total(s[right]) for s, right in scaled]))
+        taken = sum(total(s) - total(s[right]) for s, right in scaled)
+        return float(taken + np.mean([total(s) - s.min() for s, _ in scaled]))
 
     bounds = (np.log(0.05), np.log(20.0))
     return float(np.exp(minimize_scalar(surprise, bounds=bounds, method="bounded").x))  # pyright: ignore
