@@ -266,6 +266,14 @@ def test_a_missing_file_is_not_taken_for_a_hub_id(tmp_path):
             load_rows(source, COLUMNS)
 
 
+def test_kinds_are_tried_in_the_order_of_each_call(tmp_path):
+    """`int | str` equals `str | int`, so that neither may stand for the other."""
+    file = tmp_path / "codes.csv"
+    file.write_text("code\n01\n")
+    for wanted, value in ((int | str, 1), (str | int, "01"), (int | str | None, 1)):
+        assert load_rows(file, {"code": wanted}) == [{"code": value}]
+
+
 def test_types_of_text_cells(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("i,f,b,u\n3,0.5,yes,x\n")

@@ -16,9 +16,9 @@ import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from io import TextIOBase
 from pathlib import Path
+from types import NoneType
 from typing import Any, Union, cast, get_args, get_origin
 
 from octavo.errors import DataError
@@ -91,9 +91,10 @@ def iter_rows(
         raise DataError(
             f"no column {sorted(unknown)[0]!r} is read here; rename one of {', '.join(columns)}"
         )
+    kinds = {column: _kinds(wanted) for column, wanted in columns.items()}
     for where, raw in _places(str(source), split, named, columns, streaming):
         row = {
-            column: _typed(raw.get(name), columns[column], where, name)
+            column: _typed(raw.get(name), kinds[column], where, name)
             for column, name in named.items()
         }
         if check is not None and (problem := check(row)):
@@ -333,27 +334,19 @@ def _from_datasets(
 def _need(named: Mapping[str, str], columns: Columns, there: Iterable[str], where: str) -> None:
     names = list(there)
     for column, name in named.items():
-        if name not in names and not _is_optional(columns[column]):
+        if name not in names and NoneType not in _kinds(columns[column]):
             raise DataError(f"{where}: no column {name!r}; it has {', '.join(names)}")
 
 
-@cache
-def _is_optional(wanted: Any) -> bool:
-    return type(None) in get_args(wanted)
-
-
-@cache
 def _kinds(wanted: Any) -> tuple[type, ...]:
-    if get_origin(wanted) in (types.UnionType, Union):
-        return tuple(kind for kind in get_args(wanted) if kind is not type(None))
-    return (wanted,)
+    """The types of a union in their order; never cached by it, as `int | str` equals `str | int`."""
+    return get_args(wanted) if get_origin(wanted) in (types.UnionType, Union) else (wanted,)
 
 
-def _typed(value: Any, wanted: Any, where: str, name: str) -> Any:
+def _typed(value: Any, kinds: tuple[type, ...], where: str, name: str) -> Any:
     """The value as one of the wanted types, or an error that names its place."""
-    kinds = _kinds(wanted)
     if value is None:
-        if _is_optional(wanted):
+        if NoneType in kinds:
             return None
         raise DataError(f"{where}: {name!r} is missing")
     if float in kinds and type(value) is int:
@@ -363,7 +356,7 @@ def _typed(value: Any, wanted: Any, where: str, name: str) -> Any:
             try:
                 value = kind(value) if kind is not bool else _TRUTH[value.strip().lower()]
                 break
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):  # the last is what None says
                 continue
     if isinstance(value, float) and math.isnan(value):
         raise DataError(f"{where}: {name!r} is NaN")
@@ -371,7 +364,7 @@ def _typed(value: Any, wanted: Any, where: str, name: str) -> Any:
         raise DataError(f"{where}: {name!r} holds half a character (a lone surrogate)")
     if type(value) in kinds:
         return value
-    expected = " or ".join(kind.__name__ for kind in kinds)
+    expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
     shown = f"{value!r:.40}"
     raise DataError(f"{where}: {name!r} must be {expected}, not {type(value).__name__} {shown}")
 

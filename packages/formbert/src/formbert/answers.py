@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from octavo.console import counter
 from octavo.errors import DataError
 from octavo.rundir import refuse_existing, write_text
 
-from formbert.data import locate, read_instances
+from formbert.data import Instance, locate, read_instances
 from formbert.disambiguator import Disambiguator, Question
 from formbert.predictions import Prediction
 from formbert.tagger import TaggedToken, Tagger
@@ -26,24 +27,32 @@ def questions_of(source: str) -> Iterator[Question]:
     """Instances of a file; or of lines `text<TAB>word[:start]`, or marked texts, from - or a .txt.
 
     Raises:
-        DataError: a line is wrong; the message names it.
+        DataError: a line is wrong, and the message names it; or there is none.
     """
     if source != "-" and not source.endswith(".txt"):
         yield from read_instances(source)
         return
-    file = sys.stdin if source == "-" else _opened(source)
-    with file:
+    name, file = ("standard input", sys.stdin) if source == "-" else (source, _opened(source))
+    number = 0
+    with nullcontext(file) if source == "-" else file:
         for number, line in enumerate(file, 1):
             line = line.rstrip("\r\n")
             if not line.strip():
                 continue
-            text, _, asked = line.partition("\t")
-            word, _, start = asked.partition(":")
             try:
-                place = int(start) if start else None
-                yield replace(locate(text, word or None, place), key=str(number))
-            except (DataError, ValueError) as error:
-                raise DataError(f"{source}, line {number}: {error}") from None
+                yield replace(_asked(line), key=str(number))
+            except DataError as error:
+                raise DataError(f"{name}, line {number}: {error}") from None
+    if not number:
+        raise DataError(f"{name}: is empty; give lines like `text<TAB>word`, or mark words with #")
+
+
+def _asked(line: str) -> Instance:
+    text, _, asked = line.partition("\t")
+    word, _, start = asked.partition(":")
+    if start and not start.isdecimal():
+        raise DataError(f"the start of {word!r} is {start!r}; count characters from 0")
+    return locate(text, word or None, int(start) if start else None)
 
 
 def _opened(source: str) -> TextIO:

@@ -65,7 +65,11 @@ def convert(source: Path, out: Path, allow_pickle: bool = False) -> None:
     Raises:
         ModelError: a file is missing, a pickle is not allowed, or the weights are not of their model.
     """
-    state = ours(_weights(source, allow_pickle))
+    weights = _weights(source, allow_pickle)
+    try:
+        state = ours(weights)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from None
     config = load_config(source)
     options = with_preset(ModelOptions(), "paper")
     made = FormBertCross(FormBertCrossConfig(encoder=config.to_dict(), options=asdict(options)))

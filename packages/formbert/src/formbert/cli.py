@@ -78,7 +78,7 @@ def train(
 
     Args:
         encoder: Folder or hub id of an encoder, like hfl/chinese-bert-wwm-ext.
-        train_data: File of instances (jsonl, csv, tsv, parquet).
+        train_data: File of instances (jsonl, csv, tsv, parquet); of its part `train` where it has parts.
         inventory: File of senses, or `mini`.
         out: Folder of the run.
         held_out_data: Instances to choose the best epoch by; a tenth of the training texts by default.
@@ -149,7 +149,10 @@ def evaluate(
     with RunDir.open(out, everything, overwrite) as folder:
         wsd = system_or_baseline(model, train_data, system, answer, runtime)
         rows, about = evaluated(wsd, test_data, train_data, split, folder)
-    return Outcome({"Accuracy, %": rows, "All": about}, note=f"Predictions: {out}")
+    return Outcome(
+        {"Accuracy, %": rows, "Of polysemous words, and of pairs": about},
+        note=f"Predictions: {out}",
+    )
 
 
 @app.command
@@ -265,8 +268,7 @@ def margin(
 
 @app.command
 def formation(
-    words: list[str],
-    *,
+    *words: str,
     model: str | None = None,
     file: Path | None = None,
     train_data: str | None = None,
@@ -279,7 +281,7 @@ def formation(
     """How words are formed, with probabilities; or train what tells it.
 
     Args:
-        words: Words, or `-` to take those of --file.
+        words: Words; those of --file come first.
         model: Folder of a predictor; without it, what an inventory's annotations say.
         file: File with a column `word` (and `gloss`, `pos` where known).
         train_data: Inventory with formations to train a predictor on, into --out.

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from octavo.errors import ConfigError
 
 Arch = Literal["cross", "bi"]
-Fusion = Literal["token", "agreement", "pooled_add", "pooled_mlp", "bilinear", "matrix"]
+Fusion = Literal["token", "agreement", "pooled_add", "pooled_mlp", "bilinear", "matrix", "none"]
 Source = Literal["auto", "annotation", "lexicon", "gloss", "predicted", "soft"]
 Signal = Literal["formation", "pos"]
 Marking = Literal["hash", "quote", "mask", "special", "none"]
@@ -30,7 +30,7 @@ class ModelOptions:
 
     fusion: tuple[Fusion, ...] = ("token", "agreement")
     """How formations enter: token, agreement, pooled_add (the paper's), pooled_mlp, bilinear, matrix;
-    several may be given, none is plain GlossBERT or BEM."""
+    several may be given; none, by itself, is plain GlossBERT or BEM."""
 
     formation_source: Source = "auto"
     """Where a sense's formation comes from: its annotation, the word's entry in a lexicon, a prediction
@@ -68,6 +68,10 @@ class ModelOptions:
     authors: bool = False
     """Compute exactly what the authors' code computes: padded to --max-length, formations as annotated
     in training and predicted ever after, the predictor taught on every row."""
+
+    def __post_init__(self) -> None:
+        if self.fusion == ("none",):  # a command line cannot write an empty list
+            object.__setattr__(self, "fusion", ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +213,7 @@ def check(model: ModelOptions, objective: ObjectiveOptions) -> None:
     """
     for wrong, what in (
         (len(set(model.fusion)) < len(model.fusion), "--fusion names one twice"),
+        ("none" in model.fusion, "--fusion none goes with no other"),
         (model.max_length < 16, f"--max-length {model.max_length}: must be 16 or more"),
         (model.temperature <= 0, f"--temperature {model.temperature}: must be above 0"),
         (not 0 <= model.dropout < 1, f"--dropout {model.dropout}: must be from 0 up to 1"),
@@ -289,3 +294,22 @@ class SystemOptions:
 
     margin: float = 0.3
     """Unsure: the two best candidates' probabilities differ by less."""
+
+
+def check_answers(system: SystemOptions, answer: AnswerOptions) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    for wrong, what in (
+        (not 0 <= system.margin <= 1, f"--margin {system.margin}: must be from 0 to 1"),
+        (answer.batch_tokens < 1, f"--batch-tokens {answer.batch_tokens}: must be 1 or more"),
+        (answer.top_k < 0, f"--top-k {answer.top_k}: must be 0 or more"),
+        (
+            not 0 <= answer.abstain_below <= 1,
+            f"--abstain-below {answer.abstain_below}: must be from 0 to 1",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(what)

@@ -33,15 +33,17 @@ def formed(
     """How words are formed; those given, or a file's.
 
     Raises:
-        ConfigError: neither a model nor an inventory is given, or no word.
+        ConfigError: neither a model nor an inventory is given, or no word, or nothing is to be told.
     """
+    if top_k < 1:
+        raise ConfigError(f"--top-k {top_k}: must be 1 or more")
     if model is None and inventory is None:
         raise ConfigError("--model or --inventory: name what knows formations")
     if out is not None:
         refuse_existing(out, overwrite)
     columns = {"word": str, "gloss": str | None, "pos": str | None}
     rows: list[Row] = list(iter_rows(file, columns)) if file else []
-    rows += [{"word": word, "gloss": None, "pos": None} for word in words if word != "-"]
+    rows += [{"word": word, "gloss": None, "pos": None} for word in words]
     if not rows:
         raise ConfigError("no word is given; name words, or a --file of them")
     lexicon = Inventory.load(inventory).formation_lexicon() if inventory else {}

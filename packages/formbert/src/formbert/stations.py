@@ -67,7 +67,7 @@ def trained(
     check(model, objective)
     if not objective.formation_weight and not needs_predictor(model):
         model = replace(model, predictor="none")  # nothing would teach or read it
-    instances = read_instances(train_data, "train" if held_data is None else None, inventory)
+    instances = read_instances(train_data, "train", inventory)
     need_gold(instances, train_data)
     if held_data is None:
         instances, held = held_out(instances, runtime.seed)
@@ -130,7 +130,7 @@ def evaluated(
     """
     instances = read_instances(data, split, wsd.inventory)
     need_gold(instances, data)
-    known = read_instances(train_data, None, wsd.inventory) if train_data else ()
+    known = read_instances(train_data, "train", wsd.inventory) if train_data else ()
     answers = wsd.batch(instances)
     rows = evaluate(answers, instances, wsd.inventory, known)
     write_predictions(run.path / PREDICTIONS, answers)

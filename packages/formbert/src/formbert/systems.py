@@ -14,6 +14,7 @@ from formbert.config import (
     AnswerOptions,
     ModelOptions,
     SystemOptions,
+    check_answers,
 )
 from formbert.data import Instance, need_gold, read_instances
 from formbert.disambiguator import Disambiguator, Second, choose_margin, gap
@@ -42,10 +43,9 @@ def system(
     """A disambiguator as the options describe it.
 
     Raises:
-        ConfigError: the margin is out of range.
+        ConfigError: an option is out of range.
     """
-    if not 0 <= options.margin <= 1:
-        raise ConfigError(f"--margin {options.margin}: must be from 0 to 1")
+    check_answers(options, answer)
     inventory = Inventory.load(options.inventory)
     sources = sources_of(options.formation_lexicon, options.formation_predictor)
     common = {"sources": sources, "options": answer, "runtime": runtime}
@@ -106,7 +106,7 @@ def system_or_baseline(
     if model not in RULES and not model.startswith("knn="):
         return system(model, options, answer, runtime)
     inventory = Inventory.load(options.inventory)
-    train = read_instances(train_data, None, inventory) if train_data else []
+    train = read_instances(train_data, "train", inventory) if train_data else []
     return Baseline(model, inventory, train, runtime)
 
 
