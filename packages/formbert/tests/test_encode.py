@@ -158,3 +158,9 @@ def test_the_authors_rows_are_the_tokenizers_own(tokenizer):
     assert encoding.authors_context(instance).ids[0] == tokenizer.cls_token_id
     assert torch.tensor(pair.types).max() == 1
     assert json.dumps(pair.ids)
+
+
+def test_a_text_cannot_speak_the_models_own_signs(tokenizer):
+    encoding = Encoding(tokenizer, ModelOptions(fusion=()))
+    (span,) = encoding.spans([locate("他[SEP]去[MASK]银行存款。", "存款")])
+    assert not set(span.ids) & {tokenizer.sep_token_id, tokenizer.mask_token_id}

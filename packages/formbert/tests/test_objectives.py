@@ -173,7 +173,7 @@ def test_an_encoder_may_teach(encoder):
 
 
 def test_the_temperature_makes_the_right_senses_most_probable(make):
-    """Scores that are right four times of five want odds of 4 to 1, whatever their scale."""
+    """Right 40 times, wrong 10, and once more as a prior: odds of 40 to 11, whatever the scale."""
     from formbert.scoring import Scored
 
     made = make()
@@ -185,4 +185,6 @@ def test_the_temperature_makes_the_right_senses_most_probable(make):
         scores = np.zeros(2)
         scores[first if place % 5 else 1 - first] = 10.0
         scored.append(Scored(scores, None))
-    assert temperature(scored, items, made.reader) == pytest.approx(10 / math.log(4), rel=1e-3)
+    assert temperature(scored, items, made.reader) == pytest.approx(
+        10 / math.log(40 / 11), rel=1e-3
+    )

@@ -27,7 +27,7 @@ class Margins:
             called theirs as well.
     """
 
-    known: float = 85.0
+    known: float = 75.0
     gloss_only: float = 55.0
     gain: float = 8.0
     beyond: float = 4.0

@@ -166,24 +166,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def check_answers(options: AnswerOptions) -> None:
-    """Refuse numbers that cannot be.
-
-    Raises:
-        ConfigError: one is out of range.
-    """
-    for wrong, what in (
-        (options.batch_tokens < 0, f"--batch-tokens {options.batch_tokens}: must be 0 or more"),
-        (options.top_k < 0, f"--top-k {options.top_k}: must be 0 or more"),
-        (
-            not 0 <= options.abstain_below <= 1,
-            f"--abstain-below {options.abstain_below}: must be from 0 to 1",
-        ),
-    ):
-        if wrong:
-            raise ConfigError(what)
-
-
 def with_preset(options: T, preset: str) -> T:
     """Options with a preset's values, where the user left the default.
 
@@ -304,7 +286,7 @@ def check_answers(system: SystemOptions, answer: AnswerOptions) -> None:
     """
     for wrong, what in (
         (not 0 <= system.margin <= 1, f"--margin {system.margin}: must be from 0 to 1"),
-        (answer.batch_tokens < 1, f"--batch-tokens {answer.batch_tokens}: must be 1 or more"),
+        (answer.batch_tokens < 0, f"--batch-tokens {answer.batch_tokens}: must be 0 or more"),
         (answer.top_k < 0, f"--top-k {answer.top_k}: must be 0 or more"),
         (
             not 0 <= answer.abstain_below <= 1,

@@ -206,7 +206,7 @@ def need_gold(instances: Sequence[Instance], what: str) -> None:
 
 
 def by_word(rows: Sequence[T], share: float, seed: int = 0) -> tuple[list[T], list[T]]:
-    """Two parts of instances or senses with no word in common; the second has this share of the words."""
+    """Two parts of instances or senses with no word in common; the second has this share of words."""
     words = sorted({one.word for one in rows})
     random.Random(seed).shuffle(words)
     held = set(words[: max(1, round(share * len(words)))])

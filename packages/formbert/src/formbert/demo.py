@@ -80,7 +80,7 @@ SYSTEMS = {
 #: Chosen for the plain cross-encoder, on frames and words held out of the training data for that.
 FITS = {
     "quick": FitOptions(
-        learning_rate=1e-3, formation_learning_rate=4e-3, batch_size=24, epochs=12, warmup=0.1
+        learning_rate=1e-3, formation_learning_rate=4e-3, batch_size=24, epochs=16, warmup=0.1
     ),
     "full": FitOptions(
         learning_rate=5e-4, formation_learning_rate=2e-3, batch_size=24, epochs=20, warmup=0.1

@@ -11,7 +11,7 @@ from octavo.errors import ConfigError, DataError
 from octavo.runtime import Runtime
 
 from formbert.cache import GlossCache
-from formbert.config import AnswerOptions, Source, check_answers
+from formbert.config import AnswerOptions, Source
 from formbert.data import Instance, instance_of, locate
 from formbert.encode import Encoding
 from formbert.inventory import Inventory
@@ -70,7 +70,6 @@ class Disambiguator:
         encoding = Encoding(tokenizer, settings)
         self.reader = Reader(encoding, settings, model.config.labels or (), inventory, sources)
         need_source(settings, sources)
-        check_answers(options)
         if cache is not None and settings.arch != "bi":
             raise ConfigError("--cache: only a bi-encoder's glosses have vectors of their own")
         self.cache = None if cache is None else GlossCache(cache, model)

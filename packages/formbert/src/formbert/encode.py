@@ -67,7 +67,10 @@ class Encoding:
         self.pair_begin, self.pair_middle, self.pair_end, *self.pair_types = pair
         filler = tokenizer.mask_token_id or tokenizer.unk_token_id
         self.filler: int = 0 if filler is None else int(filler)  # pyright: ignore
-        self.marks = [self.tokens([sign])[0] for sign in SIGNS.get(options.marking, ())]
+        signs = SIGNS.get(options.marking, ())
+        self.marks = [self.tokens([sign])[0] for sign in signs]
+        if options.marking == "special":
+            self.marks = [(int(tokenizer.convert_tokens_to_ids(sign)),) for sign in signs]  # pyright: ignore
         if options.marking == "mask" and tokenizer.mask_token_id is None:
             raise ModelError("--marking mask: this tokenizer has no mask token")
 

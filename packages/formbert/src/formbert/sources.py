@@ -1,6 +1,7 @@
 """Where a sense's formation comes from, before any context is read."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -73,10 +74,9 @@ class Sources:
         rows = [row for row in range(len(senses)) if not shares[row].any()]
         if self.predictor is not None and rows:
             some = [senses[row] for row in rows]
-            model = FormationPredictor(
-                self.predictor.model
-            )  # without its lexicon: of the gloss alone
-            found = model.probabilities(
+            bare = copy(self.predictor)
+            bare.lexicon = {}  # the gloss is asked, not what is annotated
+            found = bare.probabilities(
                 [one.word for one in some],
                 glosses=[one.gloss for one in some],
                 pos=[one.pos for one in some],
@@ -97,8 +97,8 @@ def need_source(options: ModelOptions, sources: Sources) -> None:
         raise ConfigError("--formation-source gloss: name what reads it by --formation-predictor")
     if options.arch == "bi" and source in ("predicted", "soft"):
         raise ConfigError(
-            f"--formation-source {source}: a bi-encoder reads glosses without a context; use annotation, "
-            "lexicon, gloss or auto"
+            f"--formation-source {source}: a bi-encoder reads glosses without a context; use "
+            "annotation, lexicon, gloss or auto"
         )
 
 
