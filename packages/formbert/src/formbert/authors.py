@@ -1,9 +1,9 @@
 """Checkpoints of the authors' code: their names, their options, and back.
 
 Their model is `FormationMTLBertForSequenceClassification` (transformers 4.5.1): `bert.*`,
-`classifier.*`, `formation_embedding.weight` [18, H], and `formation_predictor.mlp.0`, `.mlp.2` and
-`.classifier`. Ours has one row of `formation_embedding` more, for "unknown", and keeps the encoder under
-`encoder`.
+`classifier.*`, `formation_embedding.weight` [18, H] and `formation_predictor.{mlp.0, mlp.2,
+classifier}.*`. Ours has one row of `formation_embedding` more, for "unknown", and keeps the encoder
+under `encoder`.
 """
 
 from collections.abc import Mapping
@@ -81,11 +81,17 @@ def convert(source: Path, out: Path, allow_pickle: bool = False) -> None:
 
 
 def _weights(source: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     safe, pickled = source / "model.safetensors", source / "pytorch_model.bin"
     if safe.is_file():
-        return load_file(safe)
+        try:
+            return load_file(safe)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{safe}: cannot be read ({error}); fetch it again") from None
     if not pickled.is_file():
         raise ModelError(f"{source}: holds neither {safe.name} nor {pickled.name}")
     if not allow_pickle:
@@ -93,4 +99,7 @@ def _weights(source: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{source}: holds only a pickle ({pickled.name}), which can run any code; add "
             "--allow-pickle if you trust its source"
         )
-    return torch.load(pickled, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(pickled, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError):
+        raise ModelError(f"{pickled}: holds more than weights, or is damaged") from None

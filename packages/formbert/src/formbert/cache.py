@@ -52,7 +52,7 @@ class GlossCache:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
             vectors = np.load(self.folder / VECTORS, mmap_mode="r", allow_pickle=False)
             owner, keys = index["model"], index["keys"]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
             raise DataError(
                 f"{self.folder}: is no cache of glosses, or damaged; delete it or name another"
             ) from None

@@ -2,9 +2,9 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
 from octavo.errors import ConfigError
@@ -158,7 +158,7 @@ def evaluate(
 @app.command
 def predict(
     model: str,
-    source: str = "-",
+    source: Annotated[str, Parameter(allow_leading_hyphen=True)] = "-",
     *,
     out: Path | None = None,
     system: Flat[SystemOptions],

@@ -644,7 +644,9 @@ def import_data(kind: str, path: Path, out: Path, overwrite: bool = False) -> di
         ConfigError: the kind is unknown, or the folder is there already.
         DataError: see `read`.
     """
-    refuse_existing(out / "imported.json", overwrite)
+    for name in ("inventory.jsonl", "instances.jsonl", "pairs.jsonl", "formations.jsonl",
+                 "imported.json"):  # fmt: skip
+        refuse_existing(out / name, overwrite)  # it may be a file of the user's own
     done = read(kind, path)
     out.mkdir(parents=True, exist_ok=True)
     if done.inventory:
