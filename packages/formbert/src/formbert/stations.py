@@ -133,7 +133,8 @@ def evaluated(
     known = read_instances(train_data, "train", wsd.inventory) if train_data else ()
     answers = wsd.batch(instances)
     rows = evaluate(answers, instances, wsd.inventory, known)
-    write_predictions(run.path / PREDICTIONS, answers)
+    if is_main():
+        write_predictions(run.path / PREDICTIONS, answers)
     run.write_json(TABLE, rows)
     single = summary(answers, instances, wsd.inventory)
     single |= pair_scores(answers, instances, wsd.inventory)
