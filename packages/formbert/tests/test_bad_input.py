@@ -97,7 +97,7 @@ def test_two_instances_of_one_name(refused, taught, tmp_path):
 )
 def test_senses(refused, taught, tmp_path, change, what):
     file = write(tmp_path / "senses.jsonl", [SENSES[0], SENSES[1] | change])
-    line = refused("predict", taught["bi"], "-", "--inventory", file)
+    line = refused("predict", taught["bi"], "--inventory", file)
     assert what in line
     if "name" not in what and "empty" not in what:
         assert f"{file}, row 2, '存款'" in line
@@ -252,7 +252,7 @@ def test_caches(refused, command, taught, files, tmp_path):
 
 
 def test_models_that_are_none(refused, taught, encoder, tmp_path):
-    words = ("-", "--inventory", "mini")
+    words = ("--inventory", "mini")
     assert "nowhere: no such folder" in refused("predict", tmp_path / "nowhere", *words)
     assert "is no FormBERT model but bert" in refused("predict", encoder, *words)
     (tmp_path / "empty").mkdir()

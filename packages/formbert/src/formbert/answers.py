@@ -21,6 +21,7 @@ from formbert.tagger import TaggedToken, Tagger
 
 Row = dict[str, Any]
 PREDICTIONS = "predictions.jsonl"
+STDIN = "-"
 
 
 def questions_of(source: str) -> Iterator[Question]:
@@ -29,12 +30,12 @@ def questions_of(source: str) -> Iterator[Question]:
     Raises:
         DataError: a line is wrong, and the message names it; or there is none.
     """
-    if source != "-" and not source.endswith(".txt"):
+    if source != STDIN and not source.endswith(".txt"):
         yield from read_instances(source)
         return
-    name, file = ("standard input", sys.stdin) if source == "-" else (source, _opened(source))
+    name, file = ("standard input", sys.stdin) if source == STDIN else (source, _opened(source))
     number = 0
-    with nullcontext(file) if source == "-" else file:
+    with nullcontext(file) if source == STDIN else file:
         for number, line in enumerate(file, 1):
             line = line.rstrip("\r\n")
             if not line.strip():

@@ -2,9 +2,9 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 from octavo.cli import Flat, Seeds, make_app, run
 from octavo.console import Outcome
 from octavo.errors import ConfigError
@@ -158,7 +158,7 @@ def evaluate(
 @app.command
 def predict(
     model: str,
-    source: Annotated[str, Parameter(allow_leading_hyphen=True)] = "-",
+    source: str | None = None,
     *,
     out: Path | None = None,
     system: Flat[SystemOptions],
@@ -171,14 +171,14 @@ def predict(
 
     Args:
         model: Folder or hub id of a trained model.
-        source: File of instances, a .txt of such lines, or - for standard input.
+        source: File of instances, or a .txt of such lines; standard input where none is named.
         out: File of answers (.jsonl), written as it goes; a table is printed without.
         resume: Go on with a file that a stopped run left.
         overwrite: Replace the file.
     """
     from octavo.rundir import refuse_existing
 
-    from formbert.answers import predicted, questions_of
+    from formbert.answers import STDIN, predicted, questions_of
     from formbert.systems import system as make_system
 
     runtime.start()
@@ -188,9 +188,9 @@ def predict(
         refuse_existing(out, overwrite)
     wsd = make_system(model, system, answer, runtime)
     if out is None:
-        rows = [_row(one) for one in wsd.stream(questions_of(source))]
+        rows = [_row(one) for one in wsd.stream(questions_of(source or STDIN))]
         return Outcome({"Senses": rows})
-    count = predicted(wsd, source, out, resume, overwrite)
+    count = predicted(wsd, source or STDIN, out, resume, overwrite)
     return Outcome(note=f"{count} answers: {out}")
 
 
