@@ -189,9 +189,9 @@ def test_nothing_to_choose_the_epoch_by(refused, encoder, tmp_path):
         (("--predictor", "none", "--formation-weight", 0), "predicted formations need one"),
         (("--arch", "bi", "--formation-source", "soft"), "a bi-encoder reads glosses without a context"),
         (("--objective", "in-batch"), "only a bi-encoder"),
-        (("--authors",), "--authors: the authors' code is cross, pooled_add"),
+        (("--authors",), "--authors: the authors' code predicts formations"),
+        (("--authors", "--formation-source", "predicted"), "the authors' code is cross, pooled_add"),
         (("--preset", "bem", "--arch", "cross", "--marking", "quote"), "--marking none, and quote"),
-        (("--preset", "glossbert", "--learning-rate", "1e-3"), "sets --learning-rate 2e-05"),
         (("--preset", "fast"), "fast"),
     ],
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_options_of_answers(refused, taught, files, tmp_path):
     for more, what in (
         (("--margin", 2), "--margin 2.0: must be from 0 to 1"),
         (("--top-k", -1), "--top-k -1: must be 0 or more"),
-        (("--batch-tokens", 0), "--batch-tokens 0: must be 1 or more"),
+        (("--batch-tokens", -1), "--batch-tokens -1: must be 0 or more"),
         (("--abstain-below", 2), "--abstain-below 2.0: must be from 0 to 1"),
         (("--resume",), "--resume: name the file to go on with by --out"),
         (("--formation-source", "soft"), "bi-encoder"),

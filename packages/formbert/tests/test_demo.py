@@ -65,6 +65,12 @@ def test_a_demo_is_collected(report, benchmark_file, tmp_path):
     ]
 
 
+def name(key):
+    """Of a number: `predicted__new_words__contrast` means "predicted, new words (contrast)"."""
+    words = key.replace("__new_words__contrast", ", new words (contrast)")
+    return words.replace("__", ", ").replace("_", " ")
+
+
 def numbers(**changes):
     mean = {
         "gloss only, known": 95.0, "gloss only, new words": 62.0, "first sense, new words": 50.0,
@@ -72,8 +78,8 @@ def numbers(**changes):
         "gloss only, control": 60.0, "annotated, control": 61.0, "added, contrast": 71.0,
         "added, changed": 0.0, "annotated, changed": 5.0, "context predictor": 57.0,
         "commonest formation": 38.0, "parts of speech, contrast": 84.0,
-        "predicted, new words, contrast": 75.0, "gloss only, new words, contrast": 66.0,
-        "annotated, new words, contrast": 84.0,
+        "predicted, new words (contrast)": 75.0, "gloss only, new words (contrast)": 66.0,
+        "annotated, new words (contrast)": 84.0,
     }  # fmt: skip
     return mean | {
         key.replace("_", " ").replace("  ", ", "): value for key, value in changes.items()
@@ -115,7 +121,7 @@ def test_no_gain_needs_no_explanation():
 
 
 def test_what_a_table_tells():
-    columns = ("contrast", "control", "new words, contrast", "new words, all")
+    columns = ("contrast", "control", "new words (contrast)", "new words (all)")
     rows = [
         {"system": name} | dict.fromkeys(columns, value)
         for name, value in (

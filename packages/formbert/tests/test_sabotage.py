@@ -31,7 +31,7 @@ def small(world: World) -> World:
 def gain(world: World, folder, system) -> dict:
     """The claim about the gain, of a plain system and this one."""
     run = RunDir(folder)
-    table = [{"system": "first sense"} | dict.fromkeys(("new words, all",), 50.0)]
+    table = [{"system": "first sense"} | dict.fromkeys(("new words (all)",), 50.0)]
     for one in (GLOSS_ONLY, system):
         for name, parts in run_system(one, world, run, CPU).items():
             right = np.concatenate(

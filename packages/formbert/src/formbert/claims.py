@@ -97,9 +97,9 @@ def _beyond(mean: Mapping[str, float], margins: Margins) -> Claim:
 
 
 def _predicted(mean: Mapping[str, float], margins: Margins) -> Claim:
-    told = mean["predicted, new words, contrast"]
-    low = mean["gloss only, new words, contrast"] - margins.slack
-    high = mean["annotated, new words, contrast"] + margins.slack
+    told = mean["predicted, new words (contrast)"]
+    low = mean["gloss only, new words (contrast)"] - margins.slack
+    high = mean["annotated, new words (contrast)"] + margins.slack
     return Claim(
         "Without annotations, formations predicted from the gloss stand in",
         f"new contrast words, which the predictor has not seen either, {told:.1f} %",

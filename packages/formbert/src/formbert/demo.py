@@ -193,7 +193,7 @@ def groups(world: World) -> dict[str, np.ndarray]:
         "control": ("control-pos", "control-same"),
     }  # fmt: skip
     columns = {
-        f"{words}, {kind}": np.array([one == part and group in chosen for one, group in rows])
+        f"{words} ({kind})": np.array([one == part and group in chosen for one, group in rows])
         for part, words in PARTS.items() for kind, chosen in kinds.items()
     }  # fmt: skip
     return columns | {
@@ -288,14 +288,14 @@ def of_table(table: Sequence[Row]) -> dict[str, float]:
         "parts of speech": PARTS_OF_SPEECH.name, "taught along": TAUGHT_ALONG.name,
     }  # fmt: skip
     found = {
-        "first sense, new words": by["first sense"]["new words, all"],
-        "gloss only, new words": by[GLOSS_ONLY.name]["new words, all"],
+        "first sense, new words": by["first sense"]["new words (all)"],
+        "gloss only, new words": by[GLOSS_ONLY.name]["new words (all)"],
     }
     for name, system in short.items():
         if system in by:
             found |= {
                 f"{name}, {kind}": by[system][kind]
-                for kind in ("contrast", "control", "new words, contrast")
+                for kind in ("contrast", "control", "new words (contrast)")
             }
     return found
 

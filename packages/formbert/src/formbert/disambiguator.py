@@ -11,7 +11,7 @@ from octavo.errors import ConfigError, DataError
 from octavo.runtime import Runtime
 
 from formbert.cache import GlossCache
-from formbert.config import AnswerOptions, ObjectiveOptions, Source, check
+from formbert.config import AnswerOptions, Source
 from formbert.data import Instance, instance_of, locate
 from formbert.encode import Encoding
 from formbert.inventory import Inventory
@@ -108,7 +108,6 @@ class Disambiguator:
         model = model.to(runtime.torch_device(), runtime.torch_dtype())  # pyright: ignore
         if formation is not None:
             model.options = replace(model.options, formation_source=formation)
-            check(model.options, ObjectiveOptions(formation_weight=0.0))
         if not isinstance(inventory, Inventory):
             inventory = Inventory.load(inventory)
         return cls(model, tokenizer, inventory, sources, options, cache, second)

@@ -95,6 +95,8 @@ def need_source(options: ModelOptions, sources: Sources) -> None:
         raise ConfigError("--formation-source lexicon: name its file by --formation-lexicon")
     if options.fusion and source == "gloss" and sources.predictor is None:
         raise ConfigError("--formation-source gloss: name what reads it by --formation-predictor")
+    if options.predictor == "none" and source in ("predicted", "soft"):
+        raise ConfigError(f"--formation-source {source}: this model reads none off contexts")
     if options.arch == "bi" and source in ("predicted", "soft"):
         raise ConfigError(
             f"--formation-source {source}: a bi-encoder reads glosses without a context; use "
