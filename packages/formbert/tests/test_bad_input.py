@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from formbert.cache import INDEX, VECTORS
-from formbert.data import read_instances
+from formbert.data import Instance, read_instances
+from formbert.disambiguator import Disambiguator
+from formbert.lexicon import mini_inventory
+from octavo.errors import DataError
 
 SENSES = [
     {"word": "存款", "gloss": "把钱存进银行。", "formation": "述宾"},
@@ -79,7 +82,8 @@ def test_lines_that_ask(refused, taught, tmp_path):
 
 def test_two_instances_of_one_name(refused, taught, tmp_path):
     data = write(tmp_path / "rows.jsonl", [ROW | {"id": "a"}, ROW | {"id": "a"}])
-    line = refused("predict", taught["bi"], data, "--inventory", "mini")
+    line = refused("evaluate", taught["bi"], "--test-data", data, "--inventory", "mini",
+                   "--out", tmp_path / "out")  # fmt: skip
     assert "two instances have the id 'a'" in line
 
 
@@ -393,3 +397,17 @@ def test_nothing_is_overwritten_unasked(refused, command, taught, encoder, files
     assert command(*run)[0] == 0
     assert "holds a finished run; choose another --out or --overwrite" in refused(*run)
     assert command(*run, "--overwrite")[0] == 0
+
+
+def test_answers_to_other_questions_are_not_gone_on_with(refused, command, taught, files, tmp_path):
+    out = tmp_path / "out.jsonl"
+    words = ("--inventory", "mini", "--out", out, "--resume", "--quiet")
+    assert command("predict", taught["bi"], files.dev, *words)[0] == 0
+    assert "answers other questions" in refused("predict", taught["bi"], files.test, *words)
+
+
+def test_a_place_outside_the_text(make):
+    made = make(arch="bi")
+    wsd = Disambiguator(made.model, made.tokenizer, mini_inventory())
+    with pytest.raises(DataError, match="question 1: at 40 stands"):
+        wsd.batch([Instance("他去银行存款。", 40, 42, "存款")])

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from formbert.authors import theirs
 from formbert.config import PRESETS
 from formbert.data import read_instances, write_instances
 from formbert.inventory import Inventory
-from formbert.lexicon import mini_inventory
+from formbert.lexicon import mini_instances, mini_inventory
 from formbert.modeling import FormBertBi, load
 from safetensors.torch import save_file
 
@@ -502,3 +504,30 @@ def test_the_console_command(measured):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["Formations"][0]["source"] == "lexicon"
+
+
+def test_an_export_answers_through_the_commands(call, taught, files, tmp_path):
+    pytest.importorskip("onnxscript", reason="the extra [onnx] is not installed")
+    model = tmp_path / "model"
+    shutil.copytree(taught["cross"], model)
+    rows = call("export", model, "--int8", "--quiet")["Export"]
+    assert all(row["megabytes"] > 0 for row in rows)
+    words = ("--inventory", "mini", "--quiet")
+    plain = call("predict", model, files.dev, *words)["Senses"]
+    exported = call("predict", model, files.dev, *words, "--engine", "onnx-int8")["Senses"]
+    same = [a["sense"] == b["sense"] for a, b in zip(plain, exported, strict=True)]
+    assert np.mean(same) > 0.8
+
+
+def test_parts_of_a_file_are_chosen(call, encoder, tmp_path):
+    """One file with parts that are not called `train`, as MiCLS has it."""
+    parts = mini_instances()
+    rows = [replace(one, split="val") for one in parts["train"][::24]]
+    rows += [replace(one, split="test") for one in parts["dev"][::8]]
+    write_instances(tmp_path / "all.jsonl", rows)
+    words = ["train", encoder, "--train-data", tmp_path / "all.jsonl", "--inventory", "mini",
+             "--out", tmp_path / "run", "--epochs", 1, "--train-split", "val", "--held-out-data",
+             tmp_path / "all.jsonl", "--held-out-split", "test", "--quiet"]  # fmt: skip
+    call(*words)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"| training instances | {len(parts['train'][::24])} |" in card

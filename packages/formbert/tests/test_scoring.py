@@ -242,3 +242,14 @@ def test_context_vectors_and_formations(make):
     assert set(wsd.formations(SOME)) <= {one.zh for one in Formation}
     with pytest.raises(ConfigError, match="tells no formations"):
         system(make(predictor="none", fusion=())).formations(SOME)
+
+
+def test_glosses_stay_in_memory_without_a_folder(make):
+    made = make(arch="bi")
+    wsd = system(made)
+    first = wsd.batch(SOME)
+    count = Counting(wsd.model)
+    again = wsd.batch(SOME)
+    del made.model.run
+    assert count.rows == len(SOME)
+    assert [one.row() for one in again] == [one.row() for one in first]

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from octavo.console import counter
-from octavo.errors import DataError
+from octavo.errors import ConfigError, DataError
 from octavo.rundir import refuse_existing, write_text
+from octavo.runtime import world_size
 
-from formbert.data import Instance, locate, read_instances
+from formbert.data import Instance, iter_instances, locate
 from formbert.disambiguator import Disambiguator, Question
 from formbert.predictions import Prediction
 from formbert.tagger import TaggedToken, Tagger
@@ -31,7 +33,11 @@ def questions_of(source: str) -> Iterator[Question]:
         DataError: a line is wrong, and the message names it; or there is none.
     """
     if source != STDIN and not source.endswith(".txt"):
-        yield from read_instances(source)
+        count = 0
+        for count, one in enumerate(iter_instances(source), 1):
+            yield one
+        if not count:
+            raise DataError(f"{source}: holds no instance")
         return
     name, file = ("standard input", sys.stdin) if source == STDIN else (source, _opened(source))
     number = 0
@@ -67,11 +73,13 @@ def done(out: Path) -> int:
     """Rows that a stopped run left in a file; a line cut off in the writing is taken away."""
     if not out.exists():
         return 0
+    count = whole = 0
     with out.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
+        for line in file:
+            if line.endswith(b"\n"):
+                count, whole = count + 1, whole + len(line)
         file.truncate(whole)
-    return content[:whole].count(b"\n")
+    return count
 
 
 def answered(
@@ -102,11 +110,32 @@ def answered(
     return count
 
 
+def alone() -> None:
+    """Refuse several processes, which would write one file at once.
+
+    Raises:
+        ConfigError: torchrun started several.
+    """
+    if world_size() > 1:
+        raise ConfigError(
+            "one process writes the answers: cut the file, and start one for each part"
+        )
+
+
 def predicted(
     wsd: Disambiguator, source: str, out: Path, resume: bool, overwrite: bool, chunk: int = 2048
 ) -> int:
     """Answers to a file's questions into a file; returns how many were added."""
-    questions = islice(questions_of(source), done(out) if resume else 0, None)
+    alone()
+    questions = questions_of(source)
+    if resume and (count := done(out)):
+        last = next(islice(questions, count - 1, None), None)
+        with out.open(encoding="utf-8") as file:
+            told = json.loads(deque(file, 1)[0])
+        if not isinstance(last, Instance) or (told["id"], told["word"]) != (last.key, last.word):
+            raise DataError(
+                f"{out}: answers other questions than those of {source}; name another file"
+            )
     rows = (answer.row() for answer in wsd.stream(questions, chunk))
     return answered(rows, out, resume, overwrite, chunk, "answering")
 
@@ -121,6 +150,7 @@ def tagged(
     chunk: int = 256,
 ) -> int:
     """Words and senses of a file's lines into a file, a line a line; returns how many were added."""
+    alone()
     tagger = Tagger(wsd, segmenter)
     skip = done(out) if resume else 0
 

@@ -29,39 +29,39 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 class GlossCache:
-    """Vectors of glosses of one model, in a folder.
+    """Vectors of glosses of one model, in memory and in a folder where one is named.
 
     Args:
-        folder: with what was kept earlier, or to be made.
+        folder: with what was kept earlier, or to be made; None for memory alone.
         model: whose vectors they are.
 
     Raises:
         DataError: the folder is damaged, or another model's.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+    def __init__(self, folder: Path | None, model: PreTrainedModel) -> None:
         self.folder = folder
-        self.model = fingerprint(model)
+        self.model = "" if folder is None else fingerprint(model)
         self.places: dict[str, int] = {}
         self.vectors = np.empty((0, 0), np.float32)
-        if folder.exists():
-            self._read()
+        if folder is not None and folder.exists():
+            self._read(folder)
 
-    def _read(self) -> None:
+    def _read(self, folder: Path) -> None:
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            vectors = np.load(self.folder / VECTORS, mmap_mode="r", allow_pickle=False)
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
             owner, keys = index["model"], index["keys"]
         except (OSError, ValueError, KeyError, TypeError, EOFError):
             raise DataError(
-                f"{self.folder}: is no cache of glosses, or damaged; delete it or name another"
+                f"{folder}: is no cache of glosses, or damaged; delete it or name another"
             ) from None
         if owner != self.model:
             raise DataError(
-                f"{self.folder}: holds glosses of another model; delete it or name another folder"
+                f"{folder}: holds glosses of another model; delete it or name another folder"
             )
         if vectors.ndim != 2 or len(vectors) != len(keys):
-            raise DataError(f"{self.folder}: holds {len(vectors)} vectors for {len(keys)} glosses")
+            raise DataError(f"{folder}: holds {len(vectors)} vectors for {len(keys)} glosses")
         self.places, self.vectors = {key: at for at, key in enumerate(keys)}, vectors
 
     def key(self, reader: Reader, sense: int) -> str:
@@ -78,17 +78,21 @@ class GlossCache:
         }
 
     def add(self, vectors: Mapping[str, np.ndarray]) -> None:
-        """Keep more vectors; the folder is replaced whole."""
+        """Keep more vectors; a folder is replaced whole."""
         fresh = {key: vector for key, vector in vectors.items() if key not in self.places}
         rows = [np.asarray(self.vectors)] if len(self.vectors) else []
         together = np.concatenate([*rows, np.stack(list(fresh.values()))]).astype(np.float32)
         keys = [*self.places, *fresh]
+        if self.folder is None:
+            self.places = {key: at for at, key in enumerate(keys)}
+            self.vectors = together
+            return
         with atomic(self.folder) as temporary:
             temporary.mkdir()
             np.save(temporary / VECTORS, together)
             index = {"model": self.model, "keys": keys}
             (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        self._read()
+        self._read(self.folder)
 
     def __len__(self) -> int:
         """How many vectors there are."""

@@ -1,5 +1,6 @@
 """The stations of the method as commands, each on the user's own texts and senses."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +65,9 @@ def train(
     train_data: str,
     inventory: str,
     out: Path,
+    train_split: str = "train",
     held_out_data: str | None = None,
+    held_out_split: str | None = None,
     formation_lexicon: str | None = None,
     formation_predictor: str | None = None,
     preset: Preset = "best",
@@ -78,10 +81,12 @@ def train(
 
     Args:
         encoder: Folder or hub id of an encoder, like hfl/chinese-bert-wwm-ext.
-        train_data: File of instances (jsonl, csv, tsv, parquet); of its part `train` where it has parts.
+        train_data: File of instances (jsonl, csv, tsv, parquet).
+        train_split: Part of it, where it has a column `split`.
         inventory: File of senses, or `mini`.
         out: Folder of the run.
         held_out_data: Instances to choose the best epoch by; a tenth of the training texts by default.
+        held_out_split: Part of them.
         formation_lexicon: File of words and formations, for senses without an annotation.
         formation_predictor: Folder or hub id of a formation predictor.
         preset: best, or as others have it: paper (the authors' code), glossbert, bem, ltrs.
@@ -99,7 +104,8 @@ def train(
     check(model, objective)
     runtime.start()
     given = {
-        "encoder": encoder, "train_data": train_data, "held_out_data": held_out_data,
+        "encoder": encoder, "train_data": train_data, "train_split": train_split,
+        "held_out_data": held_out_data, "held_out_split": held_out_split,
         "inventory": inventory, "formation_lexicon": formation_lexicon,
         "formation_predictor": formation_predictor,
     }  # fmt: skip
@@ -108,7 +114,8 @@ def train(
         senses = Inventory.load(inventory)
         sources = sources_of(formation_lexicon, formation_predictor)
         rows = trained(
-            encoder, train_data, held_out_data, senses, folder, model, objective, options, sources,
+            encoder, train_data, train_split, held_out_data, held_out_split, senses, folder, model,
+            objective, options, sources,
             runtime,
         )  # fmt: skip
         folder.write_json("evaluation.json", rows)
@@ -123,6 +130,7 @@ def evaluate(
     out: Path,
     split: str | None = None,
     train_data: str | None = None,
+    train_split: str = "train",
     system: Flat[SystemOptions],
     answer: Flat[AnswerOptions] = AnswerOptions(),
     overwrite: bool = False,
@@ -136,6 +144,7 @@ def evaluate(
         out: Folder of the results.
         split: Part of the file, where it has a column of parts.
         train_data: What was trained on, to tell new words and senses from seen ones.
+        train_split: Part of it.
         overwrite: Start anew where results already lie.
     """
     from octavo.rundir import RunDir, options_of
@@ -144,11 +153,13 @@ def evaluate(
     from formbert.systems import system_or_baseline
 
     runtime.start()
-    given = {"model": model, "test_data": test_data, "split": split, "train_data": train_data}
+    given = {"model": model, "test_data": test_data, "split": split, "train_data": train_data,
+             "train_split": train_split}  # fmt: skip
+    answer = replace(answer, top_k=0)  # what is measured takes all candidates
     everything = options_of(settings(given, system, answer, runtime))
     with RunDir.open(out, everything, overwrite) as folder:
-        wsd = system_or_baseline(model, train_data, system, answer, runtime)
-        rows, about = evaluated(wsd, test_data, train_data, split, folder)
+        wsd = system_or_baseline(model, train_data, train_split, system, answer, runtime)
+        rows, about = evaluated(wsd, test_data, train_data, train_split, split, folder)
     return Outcome(
         {"Accuracy, %": rows, "Of polysemous words, and of pairs": about},
         note=f"Predictions: {out}",
@@ -359,7 +370,14 @@ def import_(kind: str, source: Path, *, out: Path, overwrite: bool = False) -> O
 
 @app.command
 def compare(
-    first: Path, second: Path, *, test_data: str, inventory: str, split: str | None = None
+    first: Path,
+    second: Path,
+    *,
+    test_data: str,
+    inventory: str,
+    split: str | None = None,
+    train_data: str | None = None,
+    train_split: str = "train",
 ) -> Outcome:
     """Two systems on the same instances: differences with intervals and p-values, subset by subset.
 
@@ -369,11 +387,16 @@ def compare(
         test_data: The instances, with right senses.
         inventory: File of senses, or `mini`.
         split: Part of the file, where it has a column of parts.
+        train_data: What was trained on, to tell new words and senses from seen ones.
+        train_split: Part of it.
     """
+    from formbert.data import read_instances
     from formbert.inventory import Inventory
     from formbert.stations import compared
 
-    rows = compared(first, second, test_data, Inventory.load(inventory), split)
+    senses = Inventory.load(inventory)
+    known = read_instances(train_data, train_split, senses) if train_data else []
+    rows = compared(first, second, test_data, senses, split, known)
     return Outcome({f"{second.name} against {first.name}, points": rows})
 
 

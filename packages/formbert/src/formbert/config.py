@@ -15,6 +15,7 @@ Source = Literal["auto", "annotation", "lexicon", "gloss", "predicted", "soft"]
 Signal = Literal["formation", "pos"]
 Marking = Literal["hash", "quote", "mask", "special", "none"]
 Objective = Literal["pair", "listwise", "in-batch", "listnet", "listmle"]
+Engine = Literal["torch", "onnx", "onnx-int8"]
 Preset = Literal["best", "paper", "glossbert", "bem", "ltrs"]
 T = TypeVar("T")
 
@@ -270,6 +271,9 @@ class SystemOptions:
 
     cache: str | None = None
     """Folder in which a bi-encoder's glosses are kept."""
+
+    engine: Engine = "torch"
+    """What runs the model; the others need `formbert export` first."""
 
     second: str | None = None
     """Folder or hub id of a slower model, asked where the first is unsure."""

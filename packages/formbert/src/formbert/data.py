@@ -3,7 +3,7 @@
 import json
 import random
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,14 +141,7 @@ def read_instances(
     Raises:
         DataError: a row is wrong; the message names it.
     """
-    found: list[Instance] = []
-    for number, row in enumerate(iter_rows(source, COLUMNS), 1):
-        if split and row["split"] and row["split"] != split:
-            continue
-        try:
-            found.append(instance_of(row, number, inventory))
-        except DataError as error:
-            raise DataError(f"{source}, row {number}: {error}") from None
+    found = list(iter_instances(source, split, inventory))
     if not found:
         part = f" of the part {split!r}" if split else ""
         raise DataError(f"{source}: holds no instance{part}")
@@ -157,6 +150,19 @@ def read_instances(
         twice = next(key for key in keys if keys.count(key) > 1)
         raise DataError(f"{source}: two instances have the id {twice!r}")
     return found
+
+
+def iter_instances(
+    source: str | Path, split: str | None = None, inventory: Inventory | None = None
+) -> Iterator[Instance]:
+    """The same, one after the other; a file of any size fits."""
+    for number, row in enumerate(iter_rows(source, COLUMNS), 1):
+        if split and row["split"] and row["split"] != split:
+            continue
+        try:
+            yield instance_of(row, number, inventory)
+        except DataError as error:
+            raise DataError(f"{source}, row {number}: {error}") from None
 
 
 def instance_of(

@@ -11,7 +11,7 @@ from octavo.errors import ConfigError, DataError
 from octavo.runtime import Runtime
 
 from formbert.cache import GlossCache
-from formbert.config import AnswerOptions, Source
+from formbert.config import AnswerOptions, Engine, Source
 from formbert.data import Instance, instance_of, locate
 from formbert.encode import Encoding
 from formbert.inventory import Inventory
@@ -72,7 +72,7 @@ class Disambiguator:
         need_source(settings, sources)
         if cache is not None and settings.arch != "bi":
             raise ConfigError("--cache: only a bi-encoder's glosses have vectors of their own")
-        self.cache = None if cache is None else GlossCache(cache, model)
+        self.cache = GlossCache(cache, model) if settings.arch == "bi" else None
 
     @classmethod
     def from_pretrained(
@@ -85,6 +85,7 @@ class Disambiguator:
         options: AnswerOptions = AnswerOptions(),
         cache: Path | None = None,
         second: Second | None = None,
+        engine: Engine = "torch",
         runtime: Runtime = Runtime(),
     ) -> "Disambiguator":
         """A trained model from a folder or hub id.
@@ -97,6 +98,7 @@ class Disambiguator:
             options: see above.
             cache: see above.
             second: see above.
+            engine: what runs the model, PyTorch or an export that lies beside it.
             runtime: device and precision.
 
         Raises:
@@ -104,8 +106,13 @@ class Disambiguator:
             ConfigError: it cannot take formations from there.
             DataError: the inventory is wrong.
         """
-        model, tokenizer = load(source)
-        model = model.to(runtime.torch_device(), runtime.torch_dtype())  # pyright: ignore
+        if engine == "torch":
+            model, tokenizer = load(source)
+            model = model.to(runtime.torch_device(), runtime.torch_dtype())  # pyright: ignore
+        else:
+            from formbert.export import load_export
+
+            model, tokenizer = load_export(Path(source), engine == "onnx-int8", runtime)
         if formation is not None:
             model.options = replace(model.options, formation_source=formation)
         if not isinstance(inventory, Inventory):

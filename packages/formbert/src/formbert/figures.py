@@ -10,6 +10,13 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+#: Parts of speech in English: no font with Chinese signs is sure to be there.
+POS = {
+    "名": "noun", "动": "verb", "形": "adjective", "副": "adverb", "代": "pronoun", "数": "numeral",
+    "量": "classifier", "连": "conjunction", "介": "preposition", "助": "particle",
+    "拟": "onomatopoeia", "未": "unknown",
+}  # fmt: skip
+
 
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
@@ -45,7 +52,8 @@ def subsets_figure(evaluations: Mapping[str, Sequence[Row]], names: Sequence[str
         values = np.array([by[name]["accuracy"] for name in there])
         errors = [values - [by[name]["low"] for name in there],
                   np.array([by[name]["high"] for name in there]) - values]  # fmt: skip
-        axes.errorbar(there, values, yerr=errors, marker="o", capsize=3, label=system)
+        labels = [POS.get(name.removeprefix("POS="), name) for name in there]
+        axes.errorbar(labels, values, yerr=errors, marker="o", capsize=3, label=system)
     axes.set_ylabel("accuracy, %")
     axes.tick_params(axis="x", rotation=30)
     axes.legend()

@@ -9,7 +9,13 @@ from octavo.rundir import RunDir, options_of
 
 from formbert.answers import read_predictions
 from formbert.data import need_gold, read_instances
-from formbert.figures import accuracy_figure, coverage_figure, reliability_figure, subsets_figure
+from formbert.figures import (
+    POS,
+    accuracy_figure,
+    coverage_figure,
+    reliability_figure,
+    subsets_figure,
+)
 from formbert.inventory import Inventory
 from formbert.metrics import aligned, compare, coverage_curve, evaluate, outcomes, summary
 
@@ -77,9 +83,9 @@ def reported(
         report.figure("Polysemous words", accuracy_figure(bars, "accuracy", "low", "high"))
         for caption, subsets in SHOWN.items():
             report.figure(caption, subsets_figure(tables, subsets))
-        pos = [row["subset"] for row in tables[names[0]] if str(row["subset"]).startswith("POS=")]
-        if all(ord(character) < 128 for name in pos for character in name):
-            report.figure("By part of speech", subsets_figure(tables, pos))
+        pos = [name for row in tables[names[0]] if (name := str(row["subset"])).startswith("POS=")]
+        told = [name for name in pos if name.isascii() or name.removeprefix("POS=") in POS]
+        report.figure("By part of speech", subsets_figure(tables, told))
         report.figure(
             "What abstaining buys",
             coverage_figure({name: coverage_curve(told, instances, inventory)

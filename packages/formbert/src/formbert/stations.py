@@ -1,5 +1,6 @@
 """The stations of the method on the user's own files; each writes into a run's folder."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from formbert.sources import Sources
 from formbert.systems import Baseline
 from formbert.training import train
 
+log = logging.getLogger(__name__)
+
 Row = dict[str, Any]
 MODEL, TABLE = "model", "evaluation.json"
 
@@ -38,7 +41,9 @@ MODEL, TABLE = "model", "evaluation.json"
 def trained(
     encoder: str,
     train_data: str,
+    train_split: str,
     held_data: str | None,
+    held_split: str | None,
     inventory: Inventory,
     run: RunDir,
     model: ModelOptions,
@@ -51,8 +56,10 @@ def trained(
 
     Args:
         encoder: folder or hub id.
-        train_data: file of instances; rows of the part `train` where it has parts.
+        train_data: file of instances.
+        train_split: which part of it, where it has parts.
         held_data: file to choose the epoch by; or None for a tenth of the training data.
+        held_split: which part of it, where it has parts.
         inventory: of senses.
         run: the run.
         model: what the model is.
@@ -67,12 +74,13 @@ def trained(
     check(model, objective)
     if not objective.formation_weight and not needs_predictor(model):
         model = replace(model, predictor="none")  # nothing would teach or read it
-    instances = read_instances(train_data, "train", inventory)
+    instances = read_instances(train_data, train_split, inventory)
     need_gold(instances, train_data)
     if held_data is None:
         instances, held = held_out(instances, runtime.seed)
     else:
-        held = read_instances(held_data, inventory=inventory)
+        held = read_instances(held_data, held_split, inventory)
+        tell_shared(instances, held, "held-out")
     seed_everything(runtime.seed)
     labels = inventory.pos_tags if model.signal == "pos" else NAMES
     made, tokenizer = build(encoder, model, labels)
@@ -90,6 +98,14 @@ def trained(
         write_text(run.path / MODEL / "README.md", card(about, model, objective, options, rows))
     discard_checkpoints(run, "model")
     return rows
+
+
+def tell_shared(train: Sequence[Instance], others: Sequence[Instance], what: str) -> None:
+    """Warn of instances that are in the training data too: they tell nothing about new ones."""
+    known = {(one.text, one.start, one.word) for one in train}
+    shared = sum((one.text, one.start, one.word) in known for one in others)
+    if shared:
+        log.warning("%d of %d %s instances are in the training data", shared, len(others), what)
 
 
 def needs_predictor(model: ModelOptions) -> bool:
@@ -113,6 +129,7 @@ def evaluated(
     wsd: Disambiguator | Baseline,
     data: str,
     train_data: str | None,
+    train_split: str,
     split: str | None,
     run: RunDir,
 ) -> tuple[list[Row], list[Row]]:
@@ -122,6 +139,7 @@ def evaluated(
         wsd: what answers.
         data: file of instances.
         train_data: what was trained on, to tell seen senses and words from new ones.
+        train_split: which part of it, where it has parts.
         split: part of the file.
         run: gets `predictions.jsonl` and `evaluation.json`.
 
@@ -130,7 +148,8 @@ def evaluated(
     """
     instances = read_instances(data, split, wsd.inventory)
     need_gold(instances, data)
-    known = read_instances(train_data, "train", wsd.inventory) if train_data else ()
+    known = read_instances(train_data, train_split, wsd.inventory) if train_data else []
+    tell_shared(known, instances, "test")
     answers = wsd.batch(instances)
     rows = evaluate(answers, instances, wsd.inventory, known)
     if is_main():
@@ -142,13 +161,18 @@ def evaluated(
 
 
 def compared(
-    first: Path, second: Path, data: str, inventory: Inventory, split: str | None = None
+    first: Path,
+    second: Path,
+    data: str,
+    inventory: Inventory,
+    split: str | None = None,
+    train: Sequence[Instance] = (),
 ) -> list[Row]:
     """Two systems on the same instances: differences, intervals, p-values, subset by subset."""
     instances = read_instances(data, split, inventory)
     need_gold(instances, data)
     answers = [aligned(read_predictions(path), instances) for path in (first, second)]
-    return compare(answers[0], answers[1], instances, inventory)
+    return compare(answers[0], answers[1], instances, inventory, train)
 
 
 def settings(*parts: Any) -> Row:

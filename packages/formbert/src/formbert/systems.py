@@ -57,6 +57,7 @@ def system(
         model,
         inventory,
         formation=options.formation_source,
+        engine=options.engine,
         cache=Path(options.cache) if options.cache else None,
         second=second,
         **common,
@@ -98,6 +99,7 @@ class Baseline:
 def system_or_baseline(
     model: str,
     train_data: str | None,
+    train_split: str,
     options: SystemOptions,
     answer: AnswerOptions,
     runtime: Runtime,
@@ -106,7 +108,7 @@ def system_or_baseline(
     if model not in RULES and not model.startswith("knn="):
         return system(model, options, answer, runtime)
     inventory = Inventory.load(options.inventory)
-    train = read_instances(train_data, "train", inventory) if train_data else []
+    train = read_instances(train_data, train_split, inventory) if train_data else []
     return Baseline(model, inventory, train, runtime)
 
 
@@ -116,14 +118,19 @@ def margin_for(
     """The margin at which asking the second model where the first is unsure costs next to nothing."""
     assert options.second
     alone = replace(options, second=None, cache=None)
+    answer = replace(answer, top_k=0)  # how sure it is takes all candidates
     first, second = (system(name, alone, answer, runtime) for name in (model, options.second))
     instances = read_instances(data, None, first.inventory)
     need_gold(instances, data)
     fast, slow = first.batch(instances), second.batch(instances)
-    margin = choose_margin(fast, slow, instances)
+    several = [at for at, one in enumerate(instances) if len(first.inventory.get(one.word, ())) > 1]
+    margin = choose_margin(
+        [fast[at] for at in several],
+        [slow[at] for at in several],
+        [instances[at] for at in several],
+    )
     asked = [gap(one) < margin for one in fast]
     both = [b if again else a for a, b, again in zip(fast, slow, asked, strict=True)]
-    several = [at for at, one in enumerate(instances) if len(first.inventory[one.word]) > 1]
     return [
         {"system": name, "margin": chosen,
          "asked again, %": 100 * float(np.mean([again[at] for at in several])),
