@@ -156,6 +156,7 @@ def fit(
         log_level="error",
         metric_for_best_model="score" if evaluate else None,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would cut batches of nested tensors
     # set now, since Trainer would have it that checkpoints are as rare as evaluations
     arguments.load_best_model_at_end = evaluate is not None
 

@@ -33,10 +33,11 @@ def questions_of(source: str) -> Iterator[Question]:
         DataError: a line is wrong, and the message names it; or there is none.
     """
     if source != STDIN and not source.endswith(".txt"):
-        count = 0
-        for count, one in enumerate(iter_instances(source), 1):
+        found = False
+        for one in iter_instances(source):
+            found = True
             yield one
-        if not count:
+        if not found:
             raise DataError(f"{source}: holds no instance")
         return
     name, file = ("standard input", sys.stdin) if source == STDIN else (source, _opened(source))
