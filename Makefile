@@ -25,7 +25,7 @@ setup: $(UV)  ## install everything into .venv/ (2 to 3 GB of downloads the firs
 	@git config filter.portable-lock.clean 'python3 .ci/lock.py clean' 2>/dev/null || true
 	@git config filter.portable-lock.smudge cat 2>/dev/null || true
 	@git config filter.portable-lock.required true 2>/dev/null || true
-	@$(UV) sync --quiet --all-packages --extra lora --extra onnx --extra serve --group dev $(if $(wildcard .venv/compiled),,--compile-bytecode)
+	@$(UV) sync --quiet --all-packages --extra lora --extra onnx --extra serve --extra jieba --group dev $(if $(wildcard .venv/compiled),,--compile-bytecode)
 	@touch .venv/compiled 2>/dev/null || true
 	@# git takes a file of another size for changed; staging the lock in step shows it the same
 	@python3 .ci/lock.py check 2>/dev/null && git add uv.lock 2>/dev/null || true
