@@ -110,7 +110,7 @@ def test_all_problems_of_instances_at_once(tmp_path):
         ({"text": "去#存款#", "word": ""}, 0),
         ({"text": "去存款", "word": "存款", "start": 2}, 1),
         ({"text": "去存款", "word": "存款", "start": -2}, 1),
-        ({"text": "去存款", "word": "存款", "start": ""}, 1),
+        ({"text": "去存款", "word": "存款", "start": ""}, 0),
         ({"text": "去存款", "word": "存款", "end": 2}, 1),
         ({"text": "去存款", "word": "存款", "end": 1.5}, 1),
         ({"text": "去存款"}, 1),

@@ -308,11 +308,7 @@ def _place(number: int, row: dict[str, Any], problems: list[Problem]) -> Instanc
 
 
 def _whole(number: int, column: str, value: Any, wrong: list[Problem]) -> int | None:
-    if value is None:
-        return None
-    if value == "":
-        todo = "fill it in for every row, or use jsonl, where it may be missing"
-        wrong.append(_error(number, column, "is empty, which is no number", todo))
+    if value is None or value == "":
         return None
     try:
         if isinstance(value, str | int) and not isinstance(value, bool):
