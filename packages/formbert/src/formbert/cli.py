@@ -43,7 +43,7 @@ def demo(
     """Teach small models the bundled lexicon, and judge what formations give, offline.
 
     Args:
-        profile: quick (about a minute) or full (all systems, longer training).
+        profile: quick (a minute or two) or full (all systems, longer training).
         data: Folder with MiCLS (inventory.jsonl.gz and instances.jsonl.gz) to use instead.
         seeds: Seeds to repeat it with; claims are judged on their means, like 3,4,5.
         out: Folder of the report.
@@ -187,22 +187,27 @@ def predict(
         resume: Go on with a file that a stopped run left.
         overwrite: Replace the file.
     """
-    from octavo.rundir import refuse_existing
-
     from formbert.answers import STDIN, predicted, questions_of
     from formbert.systems import system as make_system
 
     runtime.start()
-    if out is None and resume:
-        raise ConfigError("--resume: name the file to go on with by --out")
-    if out is not None and not resume:
-        refuse_existing(out, overwrite)
+    _check_out(out, resume, overwrite)
     wsd = make_system(model, system, answer, runtime)
     if out is None:
         rows = [_row(one) for one in wsd.stream(questions_of(source or STDIN))]
         return Outcome({"Senses": rows})
     count = predicted(wsd, source or STDIN, out, resume, overwrite)
     return Outcome(note=f"{count} answers: {out}")
+
+
+def _check_out(out: Path | None, resume: bool, overwrite: bool) -> None:
+    """Refuse a file that would be lost, before any work is done."""
+    from octavo.rundir import refuse_existing
+
+    if out is None and resume:
+        raise ConfigError("--resume: name the file to go on with by --out")
+    if out is not None and not resume:
+        refuse_existing(out, overwrite)
 
 
 def _row(answer: Any) -> dict[str, Any]:
@@ -236,16 +241,11 @@ def tag(
         resume: Go on with a file that a stopped run left.
         overwrite: Replace the file.
     """
-    from octavo.rundir import refuse_existing
-
     from formbert.answers import tag_table, tagged
     from formbert.systems import system as make_system
 
     runtime.start()
-    if out is None and resume:
-        raise ConfigError("--resume: name the file to go on with by --out")
-    if out is not None and not resume:
-        refuse_existing(out, overwrite)
+    _check_out(out, resume, overwrite)
     wsd = make_system(model, system, answer, runtime)
     if out is None:
         return Outcome({"Words": tag_table(wsd, source, segmenter)})
