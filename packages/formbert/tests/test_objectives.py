@@ -106,11 +106,13 @@ def lessons(made, **options):
 
 def test_a_batch_holds_all_candidates_and_what_is_right(make):
     taught = lessons(make(), annotation_drop=0.0)
-    batch = taught.batch([0, 3])
-    assert batch["text"].tolist() == [0, 0, 1, 1]
-    assert batch["gold"].sum() == 2
-    formations = [taught.reader.senses[taught.reader.number[taught.items[k].instance.gold[0]]].formation
-                  for k in (0, 3)]  # fmt: skip
+    order = [3, 0, 7, 5, 1]
+    batch = taught.batch(order)
+    assert batch["text"].tolist() == [text for text in range(5) for _ in range(2)]
+    assert batch["gold"].sum() == 5
+    gold = [taught.reader.number[taught.items[k].instance.gold[0]] for k in order]
+    formations = [taught.reader.senses[sense].formation for sense in gold]
+    assert len(set(formations)) > 1
     assert batch["labels"].tolist() == formations
     assert batch["inputs"]["known"].all()
 
